@@ -1,0 +1,29 @@
+# make quickstart   train a small model on a laptop, minutes
+# make test         what CI runs, under 15 minutes
+# make parity       all models against the official ones, 6 minutes
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test parity lint
+
+quickstart: $(VENV)/installed
+	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: lint
+	$(RUN) -m pytest
+
+parity: $(VENV)/installed
+	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hybrid_flax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@

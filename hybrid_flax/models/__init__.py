@@ -1,0 +1,1 @@
+"""One file per paper. Start at `registry.py`."""

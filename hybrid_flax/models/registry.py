@@ -1,0 +1,109 @@
+"""Models by name. A new family adds one line to `_FAMILIES`."""
+
+import dataclasses
+import difflib
+import fnmatch
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hybrid_flax.errors import InputError
+from hybrid_flax.models import gcvit
+from hybrid_flax.models.info import ModelInfo
+
+_FAMILIES = ((gcvit.GCViT, gcvit.VARIANTS, gcvit.PUBLISHED),)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all models that match a shell pattern, sorted: `list_models("gcvit*")`."""
+    names = [name for _, variants, _ in _FAMILIES for name in variants]
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def model_info(name: str) -> ModelInfo:
+    """Published accuracy, size, evaluation transform, release file and licence of a model.
+
+    Raises InputError for an unknown name.
+    """
+    _, _, published = _family(name)
+    return published[name]
+
+
+def model_variant(name: str):
+    """The row of the family's table of variants: a dataclass of the numbers that define the model.
+
+    Raises InputError for an unknown name.
+    """
+    _, variants, _ = _family(name)
+    return variants[name]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs | None = None,
+    **overrides,
+) -> nnx.Module:
+    """Builds a model with freshly initialised float32 parameters.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: width of the classifier.
+      image_size: height and width in pixels; default: the released model's own.
+      dtype: of the computation. Parameters, norms, softmax and logits stay float32.
+      rngs: where the initial values come from; default `nnx.Rngs(0)`.
+      **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
+
+    Returns:
+      A module: `model(images)` gives logits [B, num_classes] for normalised images [B, H, W, 3].
+
+    Raises:
+      InputError: unknown name or override, or a size the family cannot be built for.
+    """
+    model_class, variants, published = _family(name)
+    variant = variants[name]
+    known = [field.name for field in dataclasses.fields(variant)]
+    for override in overrides:
+        if override not in known:
+            raise InputError(
+                f"{name} has no field {override!r} to override; it has {', '.join(known)}"
+            )
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
+    return model_class(
+        dataclasses.replace(variant, **overrides),
+        num_classes=num_classes,
+        image_size=published[name].image_size if image_size is None else image_size,
+        dtype=dtype,
+        rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
+    )
+
+
+class _Keys(nnx.Rngs):
+    """Stands in for `nnx.Rngs` while a model is built: a new key for each parameter.
+
+    `nnx.Rngs` counts in an array. Under a trace that is seconds of work for a large model with
+    Flax 0.12.8; a Python counter costs nothing and depends on nothing but the order of the layers.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key = key
+        self.count = 0
+
+    def params(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count)
+
+
+def _family(name: str):
+    for family in _FAMILIES:
+        if name in family[1]:
+            return family
+    close = difflib.get_close_matches(name, list_models(), n=3)
+    hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(list_models())}"
+    raise InputError(f"unknown model {name!r}. {hint}")
