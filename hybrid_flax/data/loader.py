@@ -1,0 +1,224 @@
+"""Grain pipelines from a source to batches of uint8 images.
+
+Which images a training step sees, and how they are augmented, is a function of (seed, step) alone:
+a resumed run starts at its step and needs no iterator state, and the number of data-loading
+processes changes nothing.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import grain
+import ml_collections
+import numpy as np
+from absl import flags
+
+from hybrid_flax.data.augment import RandAugment, draw_interpolation, fill_colour
+from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop
+from hybrid_flax.data.sources import Source
+from hybrid_flax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+_SUBSTITUTES = 50  # neighbours tried for an unreadable training image
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop, flip, RandAugment, in timm's order; index → one training example."""
+
+    source: Source
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    interpolation: str  # or "random": bilinear or bicubic, drawn anew each time
+    flip: float  # probability
+    rand_augment: RandAugment | None
+    fill: tuple[int, int, int]
+    skip_unreadable: bool
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "TrainTransform":
+        augment = config.augment
+        return cls(
+            source,
+            config.model.image_size,
+            augment.crop_scale,
+            augment.crop_ratio,
+            augment.interpolation,
+            augment.flip,
+            RandAugment.parse(augment.rand_augment) if augment.rand_augment else None,
+            fill_colour(config.dataset.mean),
+            config.dataset.on_unreadable == "skip",
+        )
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        photo, label, unreadable = self._read(int(index))
+        photo = random_resized_crop(
+            photo,
+            self.image_size,
+            self.crop_scale,
+            self.crop_ratio,
+            draw_interpolation(self.interpolation, rng),
+            rng,
+        )
+        if rng.random() < self.flip:
+            photo = photo.transpose(0)  # Image.Transpose.FLIP_LEFT_RIGHT
+        if self.rand_augment:
+            photo = self.rand_augment(photo, rng, fill=self.fill, interpolation=self.interpolation)
+        return {
+            "image": np.asarray(photo),
+            "label": np.int32(label),
+            "index": np.int32(index),
+            "unreadable": np.int32(unreadable),
+        }
+
+    def _read(self, index: int):
+        """(photo, label, how many images were unreadable before one was found)."""
+        for attempt in range(_SUBSTITUTES):
+            try:
+                photo, label = self.source[(index + attempt) % len(self.source)]
+                return photo, label, attempt
+            except UnreadableImageError as error:
+                if not self.skip_unreadable:
+                    raise
+                _warn_once(f"{error}; the next image takes its place")
+        raise InputError(
+            f"{_SUBSTITUTES} unreadable training images in a row, from index {index} on: is "
+            "this the right folder?"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """The evaluation crop; index → one example. `mask` is 0 for an unreadable image."""
+
+    source: Source
+    image_size: int
+    crop_fraction: float
+    crop_mode: str
+    interpolation: str
+    skip_unreadable: bool
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "EvalTransform":
+        crop = config.eval
+        return cls(
+            source,
+            config.model.image_size,
+            crop.crop_fraction,
+            crop.crop_mode,
+            crop.interpolation,
+            config.dataset.on_unreadable == "skip",
+        )
+
+    def __call__(self, index: int) -> Batch:
+        try:
+            photo, label = self.source[int(index)]
+        except UnreadableImageError as error:
+            if not self.skip_unreadable:
+                raise
+            _warn_once(f"{error}; left out of the evaluation")
+            image, label, mask = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0, 0
+        else:
+            mask = 1
+            image = eval_crop(
+                photo, self.image_size, self.crop_fraction, self.crop_mode, self.interpolation
+            )
+        return {
+            "image": image,
+            "label": np.int32(label),
+            "index": np.int32(index),
+            "mask": np.float32(mask),
+        }
+
+
+@functools.cache
+def _warn_once(message: str):
+    logging.warning(message)
+
+
+def batches_per_epoch(source: Source, batch_size: int) -> int:
+    """How many whole batches the source has; InputError if none."""
+    if len(source) < batch_size:
+        raise InputError(
+            f"batch_size={batch_size}, but there are only {len(source)} training images; choose a "
+            "batch size up to that number"
+        )
+    return len(source) // batch_size
+
+
+def train_batches(
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless training batches from step `start_step` on.
+
+    Every epoch is a new permutation of the source; images that do not fill a batch are left out of
+    that epoch. Yields `image` uint8 [B, H, W, 3], `label`, `index` and `unreadable` int32 [B].
+    """
+    batches_per_epoch(transform.source, batch_size)
+    dataset = (
+        grain.MapDataset.range(len(transform.source))
+        .seed(seed)
+        .shuffle()
+        .random_map(transform)
+        .batch(batch_size, drop_remainder=True)
+        .repeat()[start_step:]
+    )
+    return iter(_read_ahead(dataset, num_workers))
+
+
+def eval_batches(
+    transform: EvalTransform, *, batch_size: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Every image of the source once, in order, as batches that all have `batch_size` rows.
+
+    The last one is filled up with zero images whose `mask` is 0. Yields `image` uint8
+    [B, H, W, 3], `label` and `index` int32 [B], `mask` float32 [B].
+    """
+    dataset = grain.MapDataset.range(len(transform.source)).map(transform).batch(batch_size)
+    for batch in _read_ahead(dataset, num_workers):
+        missing = batch_size - len(batch["label"])
+        yield {
+            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+            for name, array in batch.items()
+        }
+
+
+def _read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
+    """Prepares batches in two threads, or in `num_workers` processes of their own."""
+    options = grain.ReadOptions(num_threads=1 if num_workers else 2, prefetch_buffer_size=2)
+    batches = dataset.to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags; outside absl programs nobody did
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_belong_to_the_trainer,
+        )
+    return batches
+
+
+def _belong_to_the_trainer(*_):
+    # Ctrl-C and SIGTERM reach the whole process group; only the trainer may act on them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A trainer that is killed outright cannot stop its workers, so each watches its parent.
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with(parent: int):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

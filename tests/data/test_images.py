@@ -1,0 +1,118 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybrid_flax.data import augment_op, eval_crop
+from hybrid_flax.data.images import UnreadableImageError, decode, random_resized_crop
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "data"
+
+
+def photo(name: str) -> Image.Image:
+    """One of the two photographs that scikit-learn bundles."""
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image(name))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((GOLDEN / "preprocess.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return np.load(GOLDEN / "preprocess.npz")
+
+
+def test_eval_crops_equal_timm_to_the_pixel(golden, arrays):
+    for index, case in enumerate(golden["eval"]):
+        crop = eval_crop(
+            photo(case["photo"]),
+            image_size=case["size"],
+            crop_fraction=case["crop_pct"],
+            crop_mode=case["crop_mode"],
+            interpolation=case["interpolation"],
+        )
+        assert crop.dtype == np.uint8
+        assert crop.shape == tuple(case["shape"])
+        stride = golden["eval_stride"]
+        got, want = crop[::stride, ::stride].astype(int), arrays[f"eval_{index}"].astype(int)
+        assert np.abs(got - want).max() <= 1, case
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_every_mode_becomes_rgb(mode):
+    assert eval_crop(Image.new(mode, (300, 200)), image_size=64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3, 2), (640, 427)])
+def test_any_photo_size_gives_the_crop_size(size):
+    for crop_mode in ("center", "squash"):
+        assert eval_crop(Image.new("RGB", size), 64, 0.875, crop_mode).shape == (64, 64, 3)
+
+
+def test_bad_arguments_of_the_crop_are_named():
+    with pytest.raises(ValueError, match="unknown crop_mode 'centre'; choose"):
+        eval_crop(Image.new("RGB", (8, 8)), 8, crop_mode="centre")
+    with pytest.raises(ValueError, match="unknown interpolation 'cubic'; choose one of nearest"):
+        eval_crop(Image.new("RGB", (8, 8)), 8, interpolation="cubic")
+    with pytest.raises(ValueError, match=r"crop_fraction=1\.5: expected a number above 0, up to 1"):
+        eval_crop(Image.new("RGB", (8, 8)), 8, crop_fraction=1.5)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a JPEG", b"\xff\xd8\xff\xe0 cut off"])
+def test_what_is_no_image_is_named(data):
+    with pytest.raises(UnreadableImageError, match=rf"image cat.JPEG \({len(data)} bytes\)"):
+        decode(data, "cat.JPEG")
+
+
+def test_a_truncated_jpeg_is_unreadable_not_half_grey(tmp_path):
+    photo("flower.jpg").save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    assert decode(data, "whole").size == (640, 427)
+    with pytest.raises(UnreadableImageError, match="half"):
+        decode(data[: len(data) // 2], "half")
+
+
+def test_random_resized_crop_draws_areas_and_ratios_in_range():
+    # Each pixel holds its own position, so that the crop can be read off the result.
+    height, width = 200, 300
+    y, x = np.mgrid[:height, :width]
+    source = Image.fromarray(np.stack([y % 256, x // 2, 0 * x], -1).astype(np.uint8))
+    rng = np.random.default_rng(0)
+    areas, ratios = [], []
+    for _ in range(300):
+        crop = np.asarray(
+            random_resized_crop(source, 32, (0.08, 1), (3 / 4, 4 / 3), "nearest", rng)
+        )
+        assert crop.shape == (32, 32, 3)
+        tall = (int(crop[-1, 0, 0]) - int(crop[0, 0, 0])) * 32 / 31
+        wide = 2 * (int(crop[0, -1, 1]) - int(crop[0, 0, 1])) * 32 / 31
+        areas.append(tall * wide / (height * width))
+        ratios.append(wide / tall)
+    assert 0.06 < min(areas) < 0.12
+    assert 0.8 < max(areas) <= 1.05
+    assert 0.68 < min(ratios)
+    assert max(ratios) < 1.45
+
+
+def test_a_crop_that_never_fits_is_the_middle():
+    source = Image.fromarray(np.arange(400, dtype=np.uint8)[None, :, None].repeat(3, 2))
+    rng = np.random.default_rng(0)
+    crop = random_resized_crop(source, 1, (0.9, 1.0), (0.9, 1.1), "nearest", rng)
+    assert crop.getpixel((0, 0))[0] == 199  # of 400 pixels
+
+
+def test_operations_equal_timm_to_the_bit(golden):
+    import hashlib
+
+    source = photo("flower.jpg").resize((224, 224), Image.Resampling.BICUBIC)
+    for case in golden["ops"]:
+        result = augment_op(
+            source, case["op"], *case["args"], fill=(124, 116, 104), interpolation="bicubic"
+        )
+        assert hashlib.sha256(np.asarray(result).tobytes()).hexdigest() == case["sha256"], case

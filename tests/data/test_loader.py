@@ -1,0 +1,212 @@
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybrid_flax.data.augment import RandAugment
+from hybrid_flax.data.images import UnreadableImageError
+from hybrid_flax.data.loader import (
+    EvalTransform,
+    TrainTransform,
+    batches_per_epoch,
+    eval_batches,
+    train_batches,
+)
+
+
+class Coloured:
+    """Image i has the colour (i, 0, 0) and the label i mod 5; those in `bad` cannot be read."""
+
+    num_classes = 5
+
+    def __init__(self, count, bad=()):
+        self._count, self._bad = count, bad
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        if index in self._bad:
+            raise UnreadableImageError(f"cannot read image number {index}")
+        return Image.new("RGB", (20, 16), (index, 0, 0)), index % 5
+
+
+def transform(source, skip=False, policy=None):
+    return TrainTransform(
+        source, 8, (0.08, 1.0), (3 / 4, 4 / 3), "random", 0.5, policy, (124, 116, 104), skip
+    )
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_have_the_documented_form():
+    (batch,) = take(train_batches(transform(Coloured(10)), batch_size=4, seed=0), 1)
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        "image": ((4, 8, 8, 3), np.uint8),
+        "label": ((4,), np.int32),
+        "index": ((4,), np.int32),
+        "unreadable": ((4,), np.int32),
+    }
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 5)
+
+
+def test_every_epoch_is_another_permutation():
+    batches = take(train_batches(transform(Coloured(23)), batch_size=5, seed=0), 8)
+    epochs = [np.concatenate([b["index"] for b in batches[i : i + 4]]) for i in (0, 4)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert batches_per_epoch(Coloured(23), 5) == 4
+
+
+def test_a_later_start_sees_what_an_uninterrupted_run_would_have_seen():
+    source = transform(Coloured(23), policy=RandAugment.parse("rand-m9-mstd0.5-inc1"))
+    whole = take(train_batches(source, batch_size=5, seed=3), 11)
+    for start in (1, 4, 7):
+        resumed = take(train_batches(source, batch_size=5, seed=3, start_step=start), 11 - start)
+        assert_equal(resumed, whole[start:])
+
+
+def test_worker_processes_change_nothing():
+    source = transform(Coloured(23), policy=RandAugment.parse("rand-m9-mstd0.5-inc1"))
+    whole = take(train_batches(source, batch_size=5, seed=3, start_step=2), 9)
+    for workers in (1, 3):
+        batches = train_batches(source, batch_size=5, seed=3, start_step=2, num_workers=workers)
+        assert_equal(take(batches, 9), whole)
+        batches.close()
+
+
+def test_another_seed_is_another_order_and_augmentation():
+    first, second = (take(train_batches(transform(Coloured(50)), batch_size=50, seed=s), 1)[0]
+                     for s in (0, 1))  # fmt: skip
+    assert first["index"].tolist() != second["index"].tolist()
+
+
+def test_flip_probability():
+    class Half(Coloured):
+        def __getitem__(self, index):
+            image = np.zeros((8, 8, 3), np.uint8)
+            image[:, :4] = 255
+            return Image.fromarray(image), 0
+
+    def flipped(probability):
+        never_cropped = TrainTransform(
+            Half(400), 8, (1.0, 1.0), (1.0, 1.0), "nearest", probability, None, (0, 0, 0), False
+        )
+        (batch,) = take(train_batches(never_cropped, batch_size=400, seed=0), 1)
+        return (batch["image"][:, 0, 0, 0] == 0).mean()
+
+    assert flipped(0.0) == 0
+    assert flipped(1.0) == 1
+    assert flipped(0.5) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_batch_larger_than_the_dataset_is_refused():
+    with pytest.raises(ValueError, match="batch_size=64, but there are only 10 training images"):
+        train_batches(transform(Coloured(10)), batch_size=64, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_training_and_is_named(workers):
+    batches = train_batches(
+        transform(Coloured(10, bad=(3,))), batch_size=5, seed=0, num_workers=workers
+    )
+    with pytest.raises(ValueError, match="cannot read image number 3"):
+        take(batches, 2)
+    batches.close()
+
+
+def test_an_unreadable_image_is_replaced_counted_and_named(caplog):
+    source = transform(Coloured(10, bad=(3, 4)), skip=True)
+    batches = take(train_batches(source, batch_size=5, seed=0), 2)
+    assert sum(batch["unreadable"].sum() for batch in batches) == 3  # 3 → 4 → 5, and 4 → 5
+    shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+    assert sorted(shown) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9]
+    assert caplog.text.count("cannot read image number 3; the next image takes its place") == 1
+    resumed = take(train_batches(source, batch_size=5, seed=0, start_step=1), 1)
+    assert_equal(resumed, batches[1:])
+
+
+def test_nothing_but_unreadable_images_is_an_error_even_when_skipping():
+    source = transform(Coloured(60, bad=range(60)), skip=True)
+    with pytest.raises(ValueError, match="50 unreadable training images in a row"):
+        take(train_batches(source, batch_size=5, seed=0), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
+def test_evaluation_covers_every_image_once(batch_size, workers):
+    source = EvalTransform(Coloured(13), 8, 0.875, "center", "bicubic", False)
+    batches = list(eval_batches(source, batch_size=batch_size, num_workers=workers))
+    assert {len(batch["label"]) for batch in batches} == {batch_size}
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    index = np.concatenate([batch["index"] for batch in batches])
+    assert index[mask > 0].tolist() == list(range(13))
+    assert mask.sum() == 13
+
+
+def test_an_unreadable_validation_image_is_masked_or_fatal():
+    source = EvalTransform(Coloured(13, bad=(5,)), 8, 0.875, "center", "bicubic", True)
+    batches = list(eval_batches(source, batch_size=13))
+    assert batches[0]["mask"].tolist() == [1.0] * 5 + [0.0] + [1.0] * 7
+    fatal = EvalTransform(Coloured(13, bad=(5,)), 8, 0.875, "center", "bicubic", False)
+    with pytest.raises(ValueError, match="cannot read image number 5"):
+        list(eval_batches(fatal, batch_size=13))
+
+
+_TRAINER = """
+import sys
+from tests.data.test_loader import Coloured, transform
+from hybrid_flax.data.loader import train_batches
+
+if __name__ == "__main__":
+    batches = train_batches(transform(Coloured(50)), batch_size=5, seed=0, num_workers=2)
+    next(batches)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_no_worker_outlives_a_killed_trainer(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(_TRAINER)
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as trainer:
+        assert trainer.stdout.readline() == "ready\n"
+        group = os.getpgid(trainer.pid)
+        trainer.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while _alive(group) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _alive(group)
+
+
+def _alive(group: int) -> bool:
+    """Whether the process group has a process that is not only waiting to be reaped."""
+    table = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True)
+    rows = (line.split() for line in table.stdout.splitlines())
+    return any(int(pgid) == group and not stat.startswith("Z") for pgid, stat in rows)
