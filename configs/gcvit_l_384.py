@@ -1,0 +1,14 @@
+"""GC ViT Large at 384 pixels: 87.4 % top-1 published, 202.9 M parameters; unmeasured here.
+
+The authors' file for this model is a whole 310-epoch schedule with a lower learning rate, although
+the model is described as fine-tuned from ImageNet-21k weights, which were not released. Kept as
+it is.
+
+python -m hybrid_flax.main --config=configs/gcvit_l_384.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_l_384", batch_size=1024, learning_rate=1e-3)

@@ -1,0 +1,10 @@
+"""GC ViT Small2 on ImageNet-1k: 84.8 % top-1 published, 68.6 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/gcvit_s2.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_s2", batch_size=1024)

@@ -1,0 +1,10 @@
+"""GC ViT Tiny on ImageNet-1k: 83.5 % top-1 published, 28.2 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/gcvit_t.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_t", batch_size=4096)

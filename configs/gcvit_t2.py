@@ -1,0 +1,10 @@
+"""GC ViT Tiny2 on ImageNet-1k: 83.7 % top-1 published, 34.5 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/gcvit_t2.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_t2", batch_size=4096)

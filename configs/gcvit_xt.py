@@ -1,0 +1,10 @@
+"""GC ViT XTiny on ImageNet-1k: 82.0 % top-1 published, 20.0 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/gcvit_xt.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_xt", batch_size=4096)

@@ -1,0 +1,10 @@
+"""GC ViT XXTiny on ImageNet-1k: 79.9 % top-1 published, 12.0 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/gcvit_xxt.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gcvit("gcvit_xxt", batch_size=4096)

@@ -1,0 +1,316 @@
+"""Checkpoints that are never believed unread: Orbax, plus a checksum for every array.
+
+Orbax writes and restores; it loads a flipped bit without a word, casts dtypes silently and never
+falls back. So beside its files we keep a manifest with shape, dtype and CRC-32 of every array, and
+on restoring compare the tree first, then every array, and take the step before a damaged one.
+
+On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from hybrid_flax.bridge import flatten, unflatten
+from hybrid_flax.errors import InputError, TrainingError
+
+FORMAT = 1
+
+Arrays = dict[str, np.ndarray]  # by path: "params/stem/conv/kernel"
+
+
+class DamagedCheckpointError(Exception):
+    """One step cannot be read back as it was written; the message names what differs."""
+
+
+class CheckpointSaveError(TrainingError):
+    """A checkpoint could not be written; the message names it and the last one there is."""
+
+
+class CheckpointMismatchError(InputError):
+    """An intact checkpoint of something else; the message lists every path that differs."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: local path or any that Orbax knows (`gs://…`); created by the first save.
+      keep: how many of the newest steps to keep.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+        self.directory = epath.Path(directory)
+        self._keep = keep
+        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps with a finished save, ascending; nothing is said about their being intact."""
+        if not self.directory.exists():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
+        """Copies the tree to the host, then writes it in the background.
+
+        Waits for the save before it, and raises what went wrong there.
+
+        Args:
+          step: name of the checkpoint; an existing one is not written again.
+          tree: arrays in nested dictionaries (and the tuples of optimizer states).
+          meta: JSON-serialisable facts to keep beside the arrays.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        # A copy, because the next step reuses (donates) these buffers.
+        arrays = {path: np.array(leaf) for path, leaf in flatten(tree).items()}
+        manifest = {"format": FORMAT, "step": step, "meta": meta}
+        manifest["arrays"] = {path: _describe(array) for path, array in arrays.items()}
+        manifest["digest"] = _digest(manifest)
+        try:
+            # Orbax notices an unwritable folder only after five minutes of waiting for itself.
+            probe = self.directory / f"{step}.probe"
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmdir()
+            with _context():
+                response = ocp.save_checkpointables_async(
+                    self.directory / str(step),
+                    {"state": unflatten(arrays), "manifest": manifest},
+                )
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saving = step, response
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises CheckpointSaveError if it failed."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        if step not in self.steps():
+            raise self._failed(step, "it is not there after saving")
+        for old in self.steps()[: -self._keep]:
+            (self.directory / str(old)).rmtree()
+
+    def restore(self, expected: Any = None) -> tuple[int, Arrays, dict[str, Any]] | None:
+        """The newest intact checkpoint, as (step, {path: NumPy array}, meta).
+
+        A damaged step is named in a warning and the one before it is tried.
+
+        Args:
+          expected: tree of anything with `shape` and `dtype`; None takes whatever is there.
+
+        Returns:
+          None if there is no checkpoint at all.
+
+        Raises:
+          CheckpointMismatchError: the checkpoint is intact but has other paths, shapes or dtypes.
+          InputError: there are checkpoints, but every one is damaged.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            try:
+                arrays, meta = self._read(step, expected)
+            except DamagedCheckpointError as error:
+                damaged[step] = str(error)
+                logging.warning(
+                    "checkpoint %s is damaged and will not be used: %s",
+                    self.directory / str(step),
+                    error,
+                )
+                continue
+            if damaged:
+                logging.warning("going back to the intact checkpoint of step %d", step)
+            return step, arrays, meta
+        if damaged:
+            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
+            raise InputError(
+                f"every checkpoint in {self.directory} is damaged; nothing was loaded. Restore the "
+                f"folder from a copy, or start again in another work directory\n{reasons}"
+            )
+        return None
+
+    def clear_after(self, step: int) -> None:
+        """Makes room for the steps after `step`, which a resumed run will write again.
+
+        Steps that are there were found damaged: they move to `damaged/` beside the checkpoints.
+        What an interrupted save left behind is deleted.
+        """
+        if not self.directory.exists():
+            return
+        for path in self.directory.iterdir():
+            if path.name.isdigit() and int(path.name) > step:
+                target = self.directory.parent / "damaged" / path.name
+                if target.exists():
+                    target.rmtree()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+                logging.warning("moved the damaged checkpoint of step %s to %s", path.name, target)
+            elif not path.name.isdigit():
+                path.rmtree()
+
+    def _read(self, step: int, expected: Any) -> tuple[Arrays, dict[str, Any]]:
+        manifest = self._load(step, "manifest")
+        if not isinstance(manifest, dict) or manifest.get("digest") != _digest(manifest):
+            raise DamagedCheckpointError("its manifest does not match its own checksum")
+        if manifest["format"] > FORMAT:
+            raise InputError(
+                f"{self.directory / str(step)} has checkpoint format {manifest['format']}; this "
+                f"version of hybrid_flax reads up to {FORMAT}. Update hybrid_flax"
+            )
+        arrays = manifest["arrays"]
+        if expected is not None:
+            shapes = {
+                path: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
+                for path, entry in arrays.items()
+            }
+            check_same(shapes, expected, f"checkpoint {self.directory / str(step)}")
+        found = {
+            path: np.asarray(leaf) for path, leaf in flatten(self._load(step, "state")).items()
+        }
+        problems = [f"array {path} is missing" for path in arrays if path not in found]
+        problems += [f"array {path} should not be there" for path in found if path not in arrays]
+        problems += [
+            f"array {path} differs from what was saved"
+            for path, array in found.items()
+            if path in arrays and _describe(array) != arrays[path]
+        ]
+        if problems or manifest["step"] != step:
+            raise DamagedCheckpointError("; ".join(problems) or f"it is of step {manifest['step']}")
+        return found, manifest["meta"]
+
+    def _load(self, step: int, name: str):
+        with _quiet_background():
+            try:
+                with _context():
+                    return ocp.load_checkpointables(self.directory / str(step), {name: None})[name]
+            except Exception as error:  # whatever Orbax and TensorStore raise on unreadable files
+                while error.__cause__ is not None:
+                    error = error.__cause__
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+            time.sleep(0.5)  # for the reads that are still under way
+            gc.collect()
+        raise DamagedCheckpointError(f"its {name} cannot be read ({reason})")
+
+    def _failed(self, step: int, reason: object) -> CheckpointSaveError:
+        others = [other for other in self.steps() if other != step]
+        return CheckpointSaveError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: {reason}. "
+            f"The last one on disk is of step {max(others, default='none')}"
+        )
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+@contextlib.contextmanager
+def _quiet_background():
+    """Keeps one damaged array from being reported a thousand times.
+
+    Orbax abandons all other reads at the first that fails. asyncio reports each abandoned task, and
+    each read that still ends reports that its event loop is closed.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "crc32": zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data),
+    }
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(found: Any, expected: Any, where: str) -> None:
+    """Raises CheckpointMismatchError listing all paths whose presence, shape or dtype differs.
+
+    Args:
+      found, expected: trees of anything with `shape` and `dtype`.
+      where: what `found` is, for the message.
+    """
+    theirs, ours = (
+        {
+            path: f"{np.dtype(leaf.dtype)} {tuple(leaf.shape)}"
+            for path, leaf in flatten(tree).items()
+        }
+        for tree in (found, expected)
+    )
+    lines = [f"{path}: only there, {theirs[path]}" for path in theirs if path not in ours]
+    lines += [f"{path}: not there, here {ours[path]}" for path in ours if path not in theirs]
+    lines += [
+        f"{path}: there {theirs[path]}, here {ours[path]}"
+        for path in ours
+        if path in theirs and theirs[path] != ours[path]
+    ]
+    if lines:
+        raise CheckpointMismatchError(
+            f"{where} is of another model or optimizer; nothing was loaded. {len(lines)} "
+            "differences:\n  " + "\n  ".join(lines)
+        )
+
+
+class Weights(NamedTuple):
+    """The parameters in a work directory, or in what `python -m convert` wrote."""
+
+    step: int
+    params: Arrays
+    ema: Arrays  # averaged; empty if the run kept no average
+    meta: dict[str, Any]  # "model", "num_classes", "image_size", …
+
+
+def load_weights(folder: str) -> Weights:
+    """The newest intact weights of a work directory or a converted checkpoint.
+
+    Raises:
+      InputError: there is no checkpoint, or none is intact.
+    """
+    restored = Checkpoints(os.path.join(folder, "checkpoints")).restore()
+    if restored is None:
+        raise InputError(
+            f"there is no checkpoint in {os.path.join(folder, 'checkpoints')}; give the work "
+            "directory of a training run, or a folder that `python -m convert` wrote"
+        )
+    step, arrays, meta = restored
+    params, ema = (
+        {
+            path.removeprefix(group): array
+            for path, array in arrays.items()
+            if path.startswith(group)
+        }
+        for group in ("params/", "ema/")
+    )
+    return Weights(step, params, ema, meta)

@@ -1,0 +1,62 @@
+"""What the command-line programs share: flags, and errors that a user can read."""
+
+import sys
+from collections.abc import Callable
+
+import ml_collections
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from hybrid_flax.errors import InputError, TrainingError
+
+
+def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
+    """Runs `main(config, workdir)` of a program that takes --config and --workdir.
+
+    Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
+    stop.
+    """
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "Config file, such as configs/gcvit_b.py; fields: --config.optimizer.…=…"
+    )
+    workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+    def program(arguments: list[str]) -> int | None:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        try:
+            if arguments[1:]:
+                raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
+            return main(_config(config_flag), _required("workdir", workdir_flag.value))
+        except (InputError, TrainingError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, InputError) else 1
+
+    app.run(program, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        message = str(error)
+    except (AttributeError, KeyError) as error:  # ml_collections: no such field
+        message = "--config has no such field: " + str(error.args[0]).replace("\n", ". ")
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _required(name: str, value: str | None) -> str:
+    if not value:
+        raise InputError(f"--{name} is missing")
+    return value
+
+
+def _config(flag) -> ml_collections.ConfigDict:
+    if flag.value is None:
+        raise InputError("--config is missing; to try: --config=configs/quickstart.py")
+    try:
+        flag.value.keys()
+    except OSError as error:
+        raise InputError(f"cannot read the config file: {error}") from error
+    return flag.value

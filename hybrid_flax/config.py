@@ -1,0 +1,105 @@
+"""From a config to the things it names, with every value checked first.
+
+The fields are made, and explained, in `configs/recipes.py`.
+"""
+
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+import hybrid_flax
+from hybrid_flax.data.augment import RandAugment
+from hybrid_flax.data.images import FILTERS
+from hybrid_flax.data.sources import Source
+from hybrid_flax.errors import InputError
+
+
+def _above(low):
+    return lambda value: value > low, f"a number above {low}"
+
+
+def _between(low, high):
+    return lambda value: low <= value <= high, f"a number from {low} to {high}"
+
+
+def _one_of(*choices):
+    return lambda value: value in choices, f"one of {', '.join(map(repr, choices))}"
+
+
+def _range_above_zero(value):
+    return len(value) == 2 and 0 < value[0] <= value[1]
+
+
+_CHECKS = {
+    "batch_size": _above(0),
+    "accumulation_steps": _above(0),
+    "epochs": _above(0),
+    "ema_decay": (lambda value: 0 <= value < 1, "a number from 0 (off) to below 1"),
+    "log_every_steps": _above(0),
+    "model.name": _one_of(*hybrid_flax.list_models()),
+    "model.dtype": _one_of("bfloat16", "float32"),
+    "model.drop_path": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "model.num_classes": _above(-1),
+    "dataset.num_workers": _above(-1),
+    "dataset.on_unreadable": _one_of("error", "skip"),
+    "augment.crop_scale": (
+        lambda value: _range_above_zero(value) and value[1] <= 1,
+        "(low, high) with 0 < low ≤ high ≤ 1",
+    ),
+    "augment.crop_ratio": (_range_above_zero, "(low, high) with 0 < low ≤ high"),
+    "augment.interpolation": _one_of("random", *FILTERS),
+    "augment.flip": _between(0, 1),
+    "augment.mixup_alpha": _above(-1e-9),
+    "augment.cutmix_alpha": _above(-1e-9),
+    "augment.cutmix_probability": _between(0, 1),
+    "augment.erasing_probability": _between(0, 1),
+    "loss.label_smoothing": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "optimizer.learning_rate": _above(0),
+    "optimizer.clip_norm": _above(-1e-9),
+    "eval.batch_size": _above(0),
+    "eval.every_epochs": _above(0),
+    "eval.crop_fraction": (lambda value: 0 < value <= 1, "a number above 0, up to 1"),
+    "eval.crop_mode": _one_of("center", "squash"),
+    "eval.interpolation": _one_of(*FILTERS),
+    "checkpoint.every_steps": _above(0),
+    "checkpoint.keep": _above(0),
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError naming every field whose value cannot be used."""
+    problems = []
+    for name, (is_fine, expected) in _CHECKS.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if not is_fine(value):
+            problems.append(f"--config.{name}={value!r}: expected {expected}")
+    if problems:
+        raise InputError("\n".join(problems))
+    if config.augment.rand_augment:
+        RandAugment.parse(config.augment.rand_augment)
+
+
+def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
+    """Sets `model.num_classes` where it is 0, and refuses one that is too small for the dataset."""
+    if config.model.num_classes == 0:
+        config.model.num_classes = source.num_classes
+    if config.model.num_classes < source.num_classes:
+        raise InputError(
+            f"--config.model.num_classes={config.model.num_classes}, but dataset "
+            f"{config.dataset.name} has {source.num_classes} classes; leave it 0 for that number"
+        )
+
+
+def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of a resolved config."""
+    model = config.model
+    return hybrid_flax.create_model(
+        model.name,
+        num_classes=model.num_classes,
+        image_size=model.image_size,
+        dtype=jnp.dtype(model.dtype),
+        rngs=rngs,
+        **{"drop_path": model.drop_path, **model.overrides},
+    )

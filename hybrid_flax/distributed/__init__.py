@@ -1,0 +1,1 @@
+"""Devices, meshes, and being asked to stop."""

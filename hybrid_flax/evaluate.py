@@ -1,0 +1,108 @@
+"""Accuracy of a run's newest checkpoint: every validation image counted exactly once.
+
+python -m hybrid_flax.evaluate --config=configs/gcvit_b.py --workdir=DIR
+
+DIR is the work directory of a training run, or what `python -m convert` wrote.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+
+from hybrid_flax import bridge, cli
+from hybrid_flax.checkpoints import check_same, load_weights
+from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.sources import open_source
+from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
+from hybrid_flax.training.step import make_eval_step
+
+
+def evaluate(
+    eval_step: Callable,
+    weights: dict[str, Any],
+    transform: EvalTransform,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, float]] | None:
+    """Evaluates one or several sets of weights in one pass over the validation images.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      weights: {name: parameters}, such as {"val": …, "val_ema": …}.
+      should_stop: asked between batches.
+
+    Returns:
+      {name: {"top1": %, "top5": %, "loss": mean, "images": how many were counted}}; None if
+      `should_stop` said so.
+    """
+    # Any batch size will do: rows are added, and masked, until it splits over the devices.
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    sums = {name: dict.fromkeys(("top1", "top5", "loss", "images"), 0.0) for name in weights}
+    for batch in eval_batches(
+        transform, batch_size=batch_size, num_workers=config.dataset.num_workers
+    ):
+        if should_stop():
+            return None
+        batch = to_devices(batch, mesh)
+        results = {name: eval_step(params, batch) for name, params in weights.items()}
+        for name, result in jax.device_get(results).items():
+            for key, value in result.items():
+                sums[name][key] += float(value)
+    return {
+        name: {
+            "top1": 100 * total["top1"] / total["images"],
+            "top5": 100 * total["top5"] / total["images"],
+            "loss": total["loss"] / total["images"],
+            "images": int(total["images"]),
+        }
+        for name, total in sums.items()
+    }
+
+
+def show_results(results: dict[str, dict[str, float]]) -> str:
+    """The results as lines for a person."""
+    kinds = {"val": "trained weights ", "val_ema": "averaged weights"}
+    return "\n".join(
+        f"  {kinds[name]}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+        f"loss {result['loss']:.4f} over {result['images']} images"
+        for name, result in results.items()
+        if name in kinds
+    )
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Evaluates the newest intact checkpoint of a work directory and prints the result."""
+    config = ml_collections.ConfigDict(config)
+    check(config)
+    mesh = make_mesh()
+    source = open_source(config.dataset.name, config.dataset.path, "val")
+    resolve_classes(config, source)
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    params = bridge.get_params(model)
+    loaded = load_weights(workdir)
+    weights = {}
+    for name, arrays in (("val", loaded.params), ("val_ema", loaded.ema)):
+        if arrays:
+            check_same(arrays, bridge.flatten(params), f"the checkpoint in {workdir}")
+            weights[name] = jax.device_put(bridge.unflatten_like(params, arrays), replicated(mesh))
+    results = evaluate(
+        make_eval_step(bridge.as_function(model), config, mesh),
+        weights,
+        EvalTransform.from_config(config, source),
+        config,
+        mesh,
+    )
+    print(f"{config.model.name} at step {loaded.step} of {workdir}, {config.dataset.name}:")
+    print(show_results(results))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

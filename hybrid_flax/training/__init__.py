@@ -1,0 +1,1 @@
+"""One optimizer step, and what surrounds it; sees only dictionaries of arrays."""

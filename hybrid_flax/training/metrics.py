@@ -1,0 +1,90 @@
+"""Recording and drawing what a run measures."""
+
+import json
+import os
+from typing import Any
+
+Record = dict[str, Any]  # "step" and numbers
+
+
+def read_metrics(file: str) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    if not os.path.exists(file):
+        return []
+    records = []
+    with open(file) as stream:
+        for line in stream:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class MetricWriter:
+    """Appends records to JSON lines and TensorBoard.
+
+    What the file has of steps after `start_step`, from a run that was killed later than it saved,
+    is dropped: those steps come again.
+    """
+
+    def __init__(self, workdir: str, file: str, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.records = [record for record in read_metrics(file) if record["step"] <= start_step]
+        with open(f"{file}.tmp", "w") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in self.records)
+        os.replace(f"{file}.tmp", file)
+        self._lines = open(file, "a")
+        self._tensorboard = SummaryWriter(workdir, purge_step=start_step + 1)
+
+    def write(self, step: int, **numbers: float) -> Record:
+        """Records numbers of a step; names are grouped by a slash: `train/loss`."""
+        record = {"step": step} | numbers
+        self.records.append(record)
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(name, number, step)
+        return record
+
+    def close(self) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+
+
+def draw_curves(records: list[Record], file: str, title: str) -> None:
+    """Draws loss and accuracy over the steps into a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, names in (
+        (
+            left,
+            {
+                "train/loss": "training (augmented, smoothed)",
+                "val/loss": "validation",
+                "val_ema/loss": "validation, averaged weights",
+            },
+        ),
+        (right, {"val/top1": "validation", "val_ema/top1": "validation, averaged weights"}),
+    ):
+        for name, label in names.items():
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), label=label, marker="." if "val" in name else None
+                )
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    left.set_ylabel("loss")
+    right.set_ylabel("top-1 accuracy (%)")
+    figure.suptitle(title)
+    figure.savefig(f"{file}.tmp", format="png", dpi=110)
+    pyplot.close(figure)
+    os.replace(f"{file}.tmp", file)

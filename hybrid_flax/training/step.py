@@ -1,0 +1,145 @@
+"""The training step and the evaluation step, each one compiled function.
+
+In order: uint8 images → normalise → mixup or cutmix → erase → model (drop path) → loss → gradients
+over micro-batches → clip → optimizer → EMA. All randomness follows from (seed, step).
+
+The training state is a dictionary: `step` (int32 scalar, steps done), `params`, `opt_state`, and
+`ema` where the config asks for one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from hybrid_flax.distributed.mesh import batch_sharded, replicated
+from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
+from hybrid_flax.training.losses import cross_entropy, smoothed_one_hot
+from hybrid_flax.training.optimizers import Schedule
+
+State = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def new_state(params, optimizer: optax.GradientTransformation, ema_decay: float) -> State:
+    """The state before the first step; the average starts at the initial parameters."""
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt_state": optimizer.init(params),
+    }
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+
+def make_train_step(
+    apply: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+    """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
+
+    `batch` has `image` uint8 [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis.
+    The metrics are float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
+    `learning_rate`.
+    """
+
+    def loss_of(params, images, targets, key):
+        logits = apply(params, images, train=True, key=key)
+        return cross_entropy(logits, targets).mean()
+
+    def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        mix_key, erase_key, model_key = jax.random.split(key, 3)
+        images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
+        targets = smoothed_one_hot(
+            batch["label"], config.model.num_classes, config.loss.label_smoothing
+        )
+        images, targets = mix(
+            mix_key,
+            images,
+            targets,
+            mixup_alpha=config.augment.mixup_alpha,
+            cutmix_alpha=config.augment.cutmix_alpha,
+            cutmix_probability=config.augment.cutmix_probability,
+        )
+        images = random_erasing(erase_key, images, config.augment.erasing_probability)
+
+        loss, grads = _accumulated(
+            jax.value_and_grad(loss_of),
+            state["params"],
+            images,
+            targets,
+            model_key,
+            config.accumulation_steps,
+        )
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if "ema" in state:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - config.ema_decay)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state["step"]),
+        }
+        return new, metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=0,
+    )
+
+
+def _accumulated(value_and_grad, params, images, targets, key, count: int):
+    """Mean loss and gradients over `count` micro-batches, one in memory at a time."""
+    if count == 1:
+        return value_and_grad(params, images, targets, key)
+
+    def split(x):
+        # Micro-batch i takes every count-th image, so that each device keeps its own images.
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, micro_batch):
+        index, images, targets = micro_batch
+        result = value_and_grad(params, images, targets, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, result), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(count), split(images), split(targets)))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def make_eval_step(
+    apply: Callable[..., jax.Array], config: ml_collections.ConfigDict, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
+    """Compiles `step(params, batch) → sums`.
+
+    `batch` has `image` uint8 [B, H, W, 3], `label` int32 [B] and `mask` float32 [B], 0 for rows
+    that do not count. The sums over counted images are `top1`, `top5`, `loss` and `images`.
+    """
+
+    def eval_step(params, batch):
+        images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
+        logits, labels, mask = apply(params, images), batch["label"], batch["mask"]
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+        loss = cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+        return {
+            "top1": jnp.sum(best[:, 0], where=mask > 0, dtype=jnp.float32),
+            "top5": jnp.sum(best.any(axis=-1), where=mask > 0, dtype=jnp.float32),
+            "loss": jnp.sum(loss, where=mask > 0),
+            "images": jnp.sum(mask),
+        }
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+    )

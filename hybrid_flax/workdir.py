@@ -1,0 +1,193 @@
+"""The folder that belongs to one training run: who may use it, and what it records.
+
+`config.json`     every setting, as resolved
+`parameters.txt`  every parameter with its shape
+`versions.json`   packages, devices and commit of the latest start
+`metrics.jsonl`   one line per logged step or evaluation; also as TensorBoard events
+`curves.png`      the same, drawn
+`checkpoints/`    see `checkpoints.py`; damaged ones are moved to `damaged/`
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from typing import Any, TextIO
+
+import jax
+import ml_collections
+
+from hybrid_flax.errors import InputError
+
+# Settings that do not change what is learned: a resumed run may have others.
+_FREE = (
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "dataset.num_workers",
+    "dataset.path",
+    "eval.batch_size",
+    "eval.every_epochs",
+    "log_every_steps",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+class Workdir:
+    """Belongs to this process between entering and leaving: `with Workdir(path, config) as run:`
+
+    Args:
+      path: a local folder; made if it is not there.
+      config: the resolved config.
+
+    Raises (on entering, with nothing changed):
+      InputError: the folder cannot be written, is in use, or holds a run with another config.
+    """
+
+    def __init__(self, path: str, config: ml_collections.ConfigDict):
+        if "://" in path:
+            raise InputError(
+                f"--workdir={path}: work directories on object storage are not supported yet; "
+                "use a local or mounted folder"
+            )
+        self.path = os.path.abspath(path)
+        self.checkpoints = os.path.join(self.path, "checkpoints")
+        self.metrics = os.path.join(self.path, "metrics.jsonl")
+        self.curves = os.path.join(self.path, "curves.png")
+        self._config = config
+
+    def __enter__(self) -> "Workdir":
+        self._check_writable()
+        with contextlib.ExitStack() as stack:
+            self._lock(stack.enter_context(open(os.path.join(self.path, ".lock"), "a+")))
+            self._check_same_run()
+            self._write_versions()
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self._held.close()
+
+    def _check_writable(self):
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"cannot write to the work directory {self.path}: {error.strerror}. Choose another "
+                "--workdir, or mend its permissions"
+            ) from error
+
+    def _lock(self, file: TextIO):
+        """Held until the file is closed, or this process ends in any way."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"another process ({file.read().strip()}) is training in {self.path}; wait for "
+                "it, or choose another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+
+    def _check_same_run(self):
+        file = os.path.join(self.path, "config.json")
+        mine = to_plain(self._config)
+        if os.path.exists(file):
+            with open(file) as stream:
+                theirs = json.load(stream)
+            mine_flat, theirs_flat = _dotted(mine), _dotted(theirs)
+            lines = [
+                f"  {name}: the run has {theirs_flat.get(name, 'nothing')!r}, "
+                f"you gave {mine_flat.get(name, 'nothing')!r}"
+                for name in sorted(mine_flat.keys() | theirs_flat.keys())
+                if name not in _FREE and mine_flat.get(name) != theirs_flat.get(name)
+            ]
+            if lines:
+                raise InputError(
+                    f"{self.path} holds another run. Choose another --workdir, or give the "
+                    "settings of that run to continue it:\n" + "\n".join(lines)
+                )
+        elif os.path.isdir(self.checkpoints):
+            raise InputError(
+                f"{self.path} holds checkpoints but no training run (a converted model?). Choose "
+                f"another --workdir; to start from its weights: --config.init_from={self.path}"
+            )
+        self.write_json("config.json", mine)
+
+    def _write_versions(self):
+        file = os.path.join(self.path, "versions.json")
+        mine = versions()
+        if os.path.exists(file):
+            with open(file) as stream:
+                before = json.load(stream)
+            changed = [
+                f"{name} {before.get(name)} → {version}"
+                for name, version in mine.items()
+                if before.get(name) != version
+            ]
+            if changed:
+                logging.warning(
+                    "since the last start of this run: %s. The result may differ in the last bits "
+                    "from an uninterrupted run",
+                    ", ".join(changed),
+                )
+        self.write_json("versions.json", mine)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file that is either the old or the new one, whenever we are killed."""
+        file = os.path.join(self.path, name)
+        with open(f"{file}.tmp", "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(f"{file}.tmp", file)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """The same, with anything JSON can hold."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the packages that matter, the devices, and the commit of this code."""
+    packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "commit": _commit(),
+    }
+
+
+def to_plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON knows it: tuples become lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        result = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,86 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybrid_flax import bridge, evaluate
+from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.config import build_model
+from hybrid_flax.data.loader import EvalTransform
+from hybrid_flax.data.sources import open_source
+from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.training.step import make_eval_step
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def params():
+    config = tiny.config(model__num_classes=10)
+    return jax.jit(lambda: bridge.get_params(build_model(config, rngs=nnx.Rngs(3))))()
+
+
+def results(params, devices, batch_size, source=None):
+    config = tiny.config(model__num_classes=10, eval__batch_size=batch_size)
+    mesh = make_mesh(jax.devices()[:devices])
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    transform = EvalTransform.from_config(config, source or open_source("digits", "", "val"))
+    step = make_eval_step(bridge.as_function(model), config, mesh)
+    params = jax.device_get(params)
+    return evaluate.evaluate(step, {"val": params}, transform, config, mesh)["val"]
+
+
+def test_every_image_counts_once_whatever_the_batch_and_the_devices(params):
+    want = results(params, 1, 360)
+    assert want["images"] == 360
+    for devices, batch_size in ((1, 7), (8, 100), (3, 64), (8, 1), (5, 1000)):
+        got = results(params, devices, batch_size)
+        assert got["images"] == 360
+        assert (got["top1"], got["top5"]) == (want["top1"], want["top5"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+
+
+def test_both_sets_of_weights_are_evaluated_in_one_pass(params):
+    other = jax.tree.map(lambda leaf: leaf * 0.5, params)
+    config = tiny.config(model__num_classes=10)
+    mesh = make_mesh(jax.devices()[:1])
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    step = make_eval_step(bridge.as_function(model), config, mesh)
+    transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
+    both = evaluate.evaluate(step, {"val": params, "val_ema": other}, transform, config, mesh)
+    assert both["val"]["loss"] != both["val_ema"]["loss"]
+    alone = evaluate.evaluate(step, {"val": other}, transform, config, mesh)
+    assert alone["val"] == both["val_ema"]
+    text = evaluate.show_results(both)
+    assert "trained weights : top-1" in text
+    assert "averaged weights: top-1" in text
+    assert "over 360 images" in text
+
+
+def test_evaluation_can_be_interrupted(params):
+    config = tiny.config(model__num_classes=10)
+    mesh = make_mesh(jax.devices()[:1])
+    transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
+    stopped = evaluate.evaluate(
+        lambda *_: {}, {"val": params}, transform, config, mesh, should_stop=lambda: True
+    )
+    assert stopped is None
+
+
+def test_the_program_evaluates_what_a_work_directory_holds(params, tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(5, {"params": params, "ema": params}, {"model": "gcvit_xxt"})
+    checkpoints.wait()
+    assert evaluate.main(tiny.config(), str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert f"gcvit_xxt at step 5 of {tmp_path}, digits:" in said
+    assert said.count("over 360 images") == 2
+
+
+def test_weights_of_another_model_are_refused(params, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(5, {"params": params}, {"model": "gcvit_xxt"})
+    checkpoints.wait()
+    with pytest.raises(ValueError, match="of another model or optimizer") as error:
+        evaluate.main(tiny.config(model__num_classes=11), str(tmp_path))
+    assert "head/bias: there float32 (10,), here float32 (11,)" in str(error.value)
+    assert np.size(params["head"]["bias"]) == 10

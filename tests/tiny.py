@@ -1,0 +1,112 @@
+"""A training run small enough for tests, with every random part of the recipe switched on.
+
+As a program it trains in a process of its own that can be killed at a chosen moment:
+python -m tests.tiny WORKDIR [--kill-at=STEP] [--kill-in=save|evaluate] [--order=FILE]
+"""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+
+import ml_collections
+
+import hybrid_flax.train
+from configs import quickstart
+
+
+def config(**overrides) -> ml_collections.ConfigDict:
+    """Ten steps over two epochs of the digits; overrides by dotted name with "." as "__"."""
+    config = quickstart.get_config()
+    with config.unlocked():
+        config.model.overrides = {"dim": 32, "depths": (1, 2, 1, 1)}
+    config.model.image_size = 32
+    config.model.drop_path = 0.2
+    config.batch_size = 256
+    config.epochs = 2
+    config.schedule.cosine_epochs = 2.0
+    config.schedule.warmup_epochs = 0.5
+    config.augment.flip = 0.5
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.interpolation = "random"
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    config.eval.every_epochs = 1
+    config.checkpoint.every_steps = 3
+    config.log_every_steps = 2
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in overrides.items()}
+    )
+    return config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-in", choices=["save", "evaluate"])
+    parser.add_argument("--order", help="file for one line per batch: its step and its images")
+    options = parser.parse_args()
+    train = hybrid_flax.train
+
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def record(original):
+        @functools.wraps(original)
+        def batches(*args, start_step, **kwargs):
+            iterator = original(*args, start_step=start_step, **kwargs)
+
+            class Recorded:
+                step = start_step
+
+                def __iter__(self):
+                    return self
+
+                def __next__(self):
+                    batch = next(iterator)
+                    with open(options.order, "a") as file:
+                        print(self.step, *batch["index"], file=file)
+                    self.step += 1
+                    return batch
+
+                close = iterator.close
+
+            return Recorded()
+
+        return batches
+
+    def count_down(original):
+        def make(*args):
+            step = original(*args)
+
+            def counted(state, batch):
+                if int(state["step"]) == options.kill_at:
+                    kill()
+                return step(state, batch)
+
+            return counted
+
+        return make
+
+    if options.order:
+        train.train_batches = record(train.train_batches)
+    if options.kill_at is not None:
+        train.make_train_step = count_down(train.make_train_step)
+    if options.kill_in == "evaluate":
+        train.evaluate = kill
+    if options.kill_in == "save":
+        save = train.Checkpoints.save
+
+        def save_and_die(*args):
+            save(*args)
+            kill()
+
+        train.Checkpoints.save = save_and_die
+    return train.train(config(), options.workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from hybrid_flax.training.metrics import MetricWriter, draw_curves, read_metrics
+from hybrid_flax.training.progress import Progress
+
+
+def test_records_are_lines_of_json_and_tensorboard_events(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    writer = MetricWriter(str(tmp_path), str(file), start_step=0)
+    writer.write(1, **{"train/loss": 2.5})
+    writer.write(2, **{"train/loss": 2.0, "val/top1": 50.0})
+    writer.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "train/loss": 2.5},
+        {"step": 2, "train/loss": 2.0, "val/top1": 50.0},
+    ]
+    assert read_metrics(file) == lines
+    (events,) = tmp_path.glob("events.out.tfevents*")
+    assert _scalars(events) == [
+        (1, "train/loss", 2.5),
+        (2, "train/loss", 2.0),
+        (2, "val/top1", 50.0),
+    ]
+
+
+def _scalars(file):
+    """(step, name, value) of an event file: records of length, checksum, content, checksum."""
+    data, scalars = file.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        data = data[16 + length :]
+    return scalars
+
+
+def test_a_resumed_run_drops_what_it_will_record_again(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 5, "a": 1}\n{"step": 10, "a": 2}\n{"step": 15, "a": 3}\n{"step": 2')
+    writer = MetricWriter(str(tmp_path), str(file), start_step=10)
+    assert [record["step"] for record in writer.records] == [5, 10]
+    writer.write(15, a=4.0)
+    writer.close()
+    assert read_metrics(file) == [
+        {"step": 5, "a": 1},
+        {"step": 10, "a": 2},
+        {"step": 15, "a": 4.0},
+    ]
+
+
+def test_there_may_be_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path / "nothing.jsonl") == []
+
+
+def test_curves_are_drawn_with_and_without_an_average(tmp_path):
+    records = [{"step": s, "train/loss": 3 - s / 10} for s in range(10)]
+    records += [{"step": 5, "val/top1": 50.0, "val/loss": 2.0}]
+    draw_curves(records, str(tmp_path / "a.png"), "a title")
+    draw_curves([], str(tmp_path / "b.png"), "nothing yet")
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 800
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_speed_counts_steps_but_neither_the_first_nor_pauses(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(batch_size=10, step=0, total_steps=100)
+    now[0] = 30.0  # compiling
+    progress.stepped()
+    for _ in range(4):
+        with progress.waiting():
+            now[0] += 0.5
+        now[0] += 1.5
+        progress.stepped()
+    with progress.paused():
+        now[0] += 1000.0
+    speed = progress.report(5, 0.25)
+    assert speed == {"images_per_second": pytest.approx(5.0), "input_wait": pytest.approx(0.25)}
+    assert "step 5/100: loss 0.2500, 5 images/s, 0:03:10 left" in capsys.readouterr().out
+    assert progress.report(5, 0.25) == {}  # no step since
+    progress.close()

@@ -1,0 +1,180 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import quickstart
+from hybrid_flax import bridge
+from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
+from hybrid_flax.training.optimizers import adamw, cosine_schedule
+from hybrid_flax.training.step import make_eval_step, make_train_step, new_state
+from tests import reference
+
+VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
+
+
+def tiny_config():
+    config = quickstart.get_config()
+    with config.unlocked():
+        config.model.overrides = dict(VARIANT)
+    config.model.num_classes = 10
+    config.model.drop_path = 0.3
+    config.batch_size = 16
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.erasing_probability = 0.25
+    return config
+
+
+@functools.cache
+def model():
+    return reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.3, **VARIANT)
+
+
+def batch(size=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, size, dtype=np.int32),
+    }
+
+
+def build(config, mesh):
+    """(train step, fresh state on the mesh)"""
+    schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, 10)
+    optimizer = adamw(config.optimizer, schedule)
+    step = make_train_step(bridge.as_function(model()), optimizer, schedule, config, mesh)
+    params = jax.tree.map(jnp.copy, bridge.get_params(model()))
+    state = jax.device_put(new_state(params, optimizer, config.ema_decay), replicated(mesh))
+    return step, state
+
+
+def run(config, mesh, steps):
+    step, state = build(config, mesh)
+    metrics = []
+    for i in range(steps):
+        state, m = step(state, to_devices(batch(config.batch_size, seed=i), mesh))
+        metrics.append(jax.device_get(m))
+    return metrics, jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(tiny_config(), make_mesh(jax.devices()[:1]), 3)
+
+
+def test_eight_devices_get_the_loss_of_one(one_device):
+    metrics, state = run(tiny_config(), make_mesh(jax.devices()), 3)
+    for got, want in zip(metrics, one_device[0], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+    assert state["step"] == 3
+
+
+def test_the_same_run_twice_gives_the_same_bits(one_device):
+    metrics, state = run(tiny_config(), make_mesh(jax.devices()[:1]), 3)
+    assert metrics == one_device[0]
+    for path, leaf in bridge.flatten(state).items():
+        np.testing.assert_array_equal(leaf, bridge.flatten(one_device[1])[path], err_msg=path)
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch():
+    config = tiny_config()
+    config.model.drop_path = 0.0  # dropped paths are drawn per micro-batch
+    plain = reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.0, **VARIANT)
+    apply, params = bridge.as_function(plain), bridge.get_params(plain)
+    results = []
+    for count in (1, 2):
+        config.accumulation_steps = count
+        mesh = make_mesh(jax.devices()[:4])
+        schedule = cosine_schedule(config.schedule, 1e-3, 10)
+        optimizer = adamw(config.optimizer, schedule)
+        step = make_train_step(apply, optimizer, schedule, config, mesh)
+        state = new_state(jax.tree.map(jnp.copy, params), optimizer, config.ema_decay)
+        _, metrics = step(jax.device_put(state, replicated(mesh)), to_devices(batch(), mesh))
+        results.append(metrics)
+    whole, parts = jax.device_get(results)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_the_step_compiles_once_and_consumes_its_state():
+    mesh = make_mesh(jax.devices()[:1])
+    step, state = build(tiny_config(), mesh)
+    first = jax.tree.leaves(state["params"])[0]
+    for i in range(3):
+        state, _ = step(state, to_devices(batch(seed=i), mesh))
+    assert step._cache_size() == 1
+    assert first.is_deleted()
+
+
+def test_no_collective_gathers_the_images():
+    mesh = make_mesh(jax.devices())
+    step, state = build(tiny_config(), mesh)
+    text = step.lower(state, to_devices(batch(), mesh)).compile().as_text()
+    gathers = [line for line in text.splitlines() if "all-gather(" in line and "64,64,3" in line]
+    assert not gathers
+
+
+def test_the_average_follows_the_parameters(one_device):
+    config = tiny_config()
+    _, state = run(config, make_mesh(jax.devices()[:1]), 1)
+    start = bridge.flatten(bridge.get_params(model()))
+    for path, average in bridge.flatten(state["ema"]).items():
+        want = (
+            config.ema_decay * start[path]
+            + (1 - config.ema_decay) * bridge.flatten(state["params"])[path]
+        )
+        np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-8)
+
+
+def test_no_average_without_a_decay():
+    config = tiny_config()
+    config.ema_decay = 0.0
+    _, state = build(config, make_mesh(jax.devices()[:1]))
+    assert "ema" not in state
+
+
+def test_evaluation_counts_what_the_mask_says():
+    config, mesh = tiny_config(), make_mesh(jax.devices())
+    step = make_eval_step(bridge.as_function(model()), config, mesh)
+    images = batch(16)
+    mask = (np.arange(16) < 11).astype(np.float32)
+    sums = step(bridge.get_params(model()), to_devices(images | {"mask": mask}, mesh))
+    normal = (images["image"] / 255 - np.array(config.dataset.mean)) / np.array(config.dataset.std)
+    logits = np.asarray(
+        jax.jit(bridge.as_function(model()))(
+            bridge.get_params(model()), jnp.asarray(normal, jnp.float32)
+        )
+    )[:11]
+    labels = images["label"][:11]
+    ranks = (np.argsort(-logits, axis=1) == labels[:, None]).argmax(axis=1)
+    assert sums["images"] == 11
+    assert sums["top1"] == (ranks < 1).sum()
+    assert sums["top5"] == (ranks < 5).sum()
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(11), labels]
+    assert float(sums["loss"]) == pytest.approx(losses.sum(), rel=1e-4)
+
+
+def test_not_a_number_is_not_counted_as_right():
+    config, mesh = tiny_config(), make_mesh(jax.devices()[:1])
+    step = make_eval_step(lambda params, images: jnp.full((16, 10), jnp.nan), config, mesh)
+    labels = np.full(16, 5, np.int32)
+    mask = np.ones(16, np.float32)
+    sums = step({}, to_devices(batch(16) | {"label": labels, "mask": mask}, mesh))
+    assert sums["top1"] == 0
+    assert np.isnan(sums["loss"])
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(12, 1), (8, 2), (0, 1)])
+def test_a_batch_that_does_not_split_is_refused_with_sizes_that_do(size, accumulation):
+    mesh = make_mesh(jax.devices())
+    with pytest.raises(
+        ValueError,
+        match=f"batch_size={size} cannot be split evenly over 8 devices × "
+        f"accumulation_steps={accumulation}; use a multiple of {8 * accumulation}, such as 8|16",
+    ):
+        check_batch_size(size, accumulation, mesh)
+    check_batch_size(16, 2, mesh)
