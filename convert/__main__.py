@@ -1,0 +1,84 @@
+"""Converts a released PyTorch checkpoint: python -m convert gcvit_b FILE --out=DIR
+
+DIR can then be evaluated (`python -m hybrid_flax.evaluate --workdir=DIR`) and fine-tuned from
+(`python -m hybrid_flax.main --config.init_from=DIR`).
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+
+import jax
+import numpy as np
+
+import convert
+import hybrid_flax
+from convert.state_dict import classifier_width
+from hybrid_flax import bridge
+from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.errors import InputError, TrainingError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="name of the model, such as gcvit_b")
+    parser.add_argument("file", help="the released file (.pth.tar, .pth, .safetensors)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--entry", help="entry of the file that holds the weights; default: found")
+    parser.add_argument("--image_size", type=int, help="pixels; default: the released model's")
+    options = parser.parse_args(arguments)
+    try:
+        print(_convert(options))
+    except (InputError, TrainingError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> str:
+    info = hybrid_flax.model_info(options.model)
+    checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
+    if checkpoints.steps():
+        raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
+    state = convert.load_checkpoint(options.file, entry=options.entry)
+
+    image_size = options.image_size or info.image_size
+    num_classes = 1000
+
+    def build():
+        return hybrid_flax.create_model(
+            options.model, num_classes=num_classes, image_size=image_size
+        )
+
+    num_classes = classifier_width(bridge.abstract(build), state)
+    model = bridge.abstract(build)
+    convert.load_state_dict(model, state)
+    params = bridge.get_params(model)
+    infinite = [
+        path for path, leaf in bridge.flatten(params).items() if not np.isfinite(leaf).all()
+    ]
+    if infinite:
+        raise InputError(f"{options.file}: not all values are finite in {', '.join(infinite)}")
+
+    with open(options.file, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    meta = {
+        "model": options.model,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "source": os.path.basename(options.file),
+        "sha256": sha256,
+    }
+    checkpoints.save(0, {"params": params}, meta)
+    checkpoints.wait()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return (
+        f"{options.model}: {len(state)} entries, {parameters:,} parameters, {num_classes} classes, "
+        f"{image_size} pixels → {options.out}\n  from {options.file}, sha256 {sha256}\n"
+        f"  licence: {info.licence}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

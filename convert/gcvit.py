@@ -1,0 +1,34 @@
+"""GC ViT: our parameter paths → the keys of the official state_dict."""
+
+import numpy as np
+
+from hybrid_flax.layers import relative_position_index
+from hybrid_flax.models.gcvit import GCViT
+
+MODEL = GCViT
+
+# Regular expressions, applied to the path in this order.
+RENAMES = (
+    (r"^stem/conv/", "patch_embed/proj/"),
+    (r"^stem/", "patch_embed/"),
+    (r"^patch_embed/downsample/", "patch_embed/conv_down/"),
+    (r"^stages/", "levels/"),
+    (r"/query/fuse/", "/q_global_gen/to_q_global/"),
+    (r"/(downsample|conv_down)/fuse/", r"/\1/"),
+    (r"/depthwise/", "/conv/0/"),
+    (r"/se/reduce/", "/conv/2/fc/0/"),
+    (r"/se/expand/", "/conv/2/fc/2/"),
+    (r"/pointwise/", "/conv/3/"),
+    (r"/position_bias$", "/relative_position_bias_table"),
+)
+
+
+def derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
+    """Entries that the official code stores although they follow from the window size."""
+    return {
+        f"levels.{i}.blocks.{j}.attn.relative_position_index": relative_position_index(
+            block.attn.window
+        )
+        for i, stage in enumerate(model.stages)
+        for j, block in enumerate(stage.blocks)
+    }

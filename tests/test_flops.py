@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from hybrid_flax import layers
+from hybrid_flax.flops import count_multiply_adds
+from tests.parity import multiply_adds
+
+X = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
+
+
+def test_products_and_convolutions():
+    assert count_multiply_adds(jnp.matmul, jnp.ones((3, 4)), jnp.ones((4, 5))) == 3 * 4 * 5
+    batched = (jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5)))
+    assert count_multiply_adds(jnp.matmul, *batched) == 7 * 3 * 4 * 5
+    strided = layers.conv(6, 10, 3, stride=2, rngs=nnx.Rngs(0))
+    assert count_multiply_adds(strided, X) == 2 * 4 * 4 * 10 * 9 * 6
+    depthwise = layers.DepthwiseConv(6, 3, rngs=nnx.Rngs(0))
+    assert count_multiply_adds(depthwise, X) == 2 * 8 * 8 * 6 * 9
+
+
+def test_loops_count_every_turn():
+    def scanned(x):
+        return jax.lax.scan(lambda carry, _: (carry @ carry, None), x, length=5)[0]
+
+    assert count_multiply_adds(scanned, jnp.ones((3, 3))) == 5 * 27
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        count_multiply_adds(
+            lambda x: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, x),
+            jnp.ones((3, 3)),
+        )
+
+
+# What hooks on the official models count (multiply-adds of convolutions and products, in 10⁹).
+# Published figures agree, but for XT, T2, S2 and the two large images, which are published higher
+# or lower than the models are: 2.6, 5.5, 10.7, 120.4 and 245.0.
+COUNTED = {"gcvit_xxt": 2.12, "gcvit_xt": 2.91, "gcvit_s": 8.53, "gcvit_l_384": 103.94}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_models_cost_what_the_official_ones_cost(name):
+    assert multiply_adds(name) / 1e9 == pytest.approx(COUNTED[name], abs=0.006)
