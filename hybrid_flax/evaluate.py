@@ -5,6 +5,7 @@ python -m hybrid_flax.evaluate --config=configs/gcvit_b.py --workdir=DIR
 DIR is the work directory of a training run, or what `python -m convert` wrote.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -45,16 +46,16 @@ def evaluate(
     # Any batch size will do: rows are added, and masked, until it splits over the devices.
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     sums = {name: dict.fromkeys(("top1", "top5", "loss", "images"), 0.0) for name in weights}
-    for batch in eval_batches(
-        transform, batch_size=batch_size, num_workers=config.dataset.num_workers
-    ):
-        if should_stop():
-            return None
-        batch = to_devices(batch, mesh)
-        results = {name: eval_step(params, batch) for name, params in weights.items()}
-        for name, result in jax.device_get(results).items():
-            for key, value in result.items():
-                sums[name][key] += float(value)
+    batches = eval_batches(transform, batch_size=batch_size, num_workers=config.dataset.num_workers)
+    with contextlib.closing(batches):
+        for batch in batches:
+            if should_stop():
+                return None
+            batch = to_devices(batch, mesh)
+            results = {name: eval_step(params, batch) for name, params in weights.items()}
+            for name, result in jax.device_get(results).items():
+                for key, value in result.items():
+                    sums[name][key] += float(value)
     return {
         name: {
             "top1": 100 * total["top1"] / total["images"],

@@ -100,7 +100,9 @@ class Workdir:
     def _check_same_run(self):
         file = os.path.join(self.path, "config.json")
         mine = to_plain(self._config)
-        if os.path.exists(file):
+        if not os.path.isdir(self.checkpoints):
+            pass  # whatever was begun here left nothing that could be continued
+        elif os.path.exists(file):
             with open(file) as stream:
                 theirs = json.load(stream)
             mine_flat, theirs_flat = _dotted(mine), _dotted(theirs)
@@ -115,7 +117,7 @@ class Workdir:
                     f"{self.path} holds another run. Choose another --workdir, or give the "
                     "settings of that run to continue it:\n" + "\n".join(lines)
                 )
-        elif os.path.isdir(self.checkpoints):
+        else:
             raise InputError(
                 f"{self.path} holds checkpoints but no training run (a converted model?). Choose "
                 f"another --workdir; to start from its weights: --config.init_from={self.path}"
@@ -161,7 +163,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **packages,
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "commit": _commit(),
     }
 

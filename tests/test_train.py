@@ -58,7 +58,7 @@ def test_a_run_leaves_all_its_records(finished):
     assert config["optimizer"]["learning_rate"] == 2e-3
     versions = json.loads((finished / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
-    assert versions["devices"] == "8 × cpu"
+    assert versions["devices"] == "8 x cpu"
     with Image.open(finished / "curves.png") as curves:
         assert curves.width > 800
     assert Checkpoints(finished / "checkpoints").steps() == [6, 9, 10]

@@ -5,6 +5,7 @@ a resumed run starts at its step and needs no iterator state, and the number of 
 processes changes nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -188,12 +189,13 @@ def eval_batches(
     [B, H, W, 3], `label` and `index` int32 [B], `mask` float32 [B].
     """
     dataset = grain.MapDataset.range(len(transform.source)).map(transform).batch(batch_size)
-    for batch in _read_ahead(dataset, num_workers):
-        missing = batch_size - len(batch["label"])
-        yield {
-            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-            for name, array in batch.items()
-        }
+    with contextlib.closing(iter(_read_ahead(dataset, num_workers))) as batches:
+        for batch in batches:
+            missing = batch_size - len(batch["label"])
+            yield {
+                name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+                for name, array in batch.items()
+            }
 
 
 def _read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
@@ -205,20 +207,20 @@ def _read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDatase
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
-            worker_init_fn=_belong_to_the_trainer,
+            worker_init_fn=functools.partial(_belong_to, os.getpid()),
         )
     return batches
 
 
-def _belong_to_the_trainer(*_):
+def _belong_to(trainer: int, *_):
     # Ctrl-C and SIGTERM reach the whole process group; only the trainer may act on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A trainer that is killed outright cannot stop its workers, so each watches its parent.
-    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(trainer,), daemon=True).start()
 
 
-def _exit_with(parent: int):
-    while os.getppid() == parent:
+def _exit_with(trainer: int):
+    while os.getppid() == trainer:
         time.sleep(1)
     os._exit(1)

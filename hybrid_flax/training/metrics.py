@@ -61,27 +61,20 @@ def draw_curves(records: list[Record], file: str, title: str) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, names in (
-        (
-            left,
-            {
-                "train/loss": "training (augmented, smoothed)",
-                "val/loss": "validation",
-                "val_ema/loss": "validation, averaged weights",
-            },
-        ),
-        (right, {"val/top1": "validation", "val_ema/top1": "validation, averaged weights"}),
+    for axes, name, label, style in (
+        (left, "train/loss", "training (augmented, smoothed)", "C0-"),
+        (left, "val/loss", "validation", "C1.-"),
+        (left, "val_ema/loss", "validation, averaged weights", "C2.-"),
+        (right, "val/top1", "validation", "C1.-"),
+        (right, "val_ema/top1", "validation, averaged weights", "C2.-"),
     ):
-        for name, label in names.items():
-            points = [(record["step"], record[name]) for record in records if name in record]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), label=label, marker="." if "val" in name else None
-                )
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+            axes.legend()
+    for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
     left.set_ylabel("loss")
     right.set_ylabel("top-1 accuracy (%)")
     figure.suptitle(title)
