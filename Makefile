@@ -1,5 +1,5 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, under 15 minutes
+# make test         what CI runs, 10 minutes
 # make parity       all models against the official ones, 6 minutes
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist=loadfile
 
 parity: $(VENV)/installed
 	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
