@@ -17,6 +17,11 @@ class Progress:
         self._batch_size = batch_size
         self._total = total_steps
         self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
+        if step < total_steps:
+            if self._bar.disable:
+                print("compiling the first step", flush=True)
+            else:
+                self._bar.set_postfix_str("compiling the first step")
         self._started: float | None = None
         self._steps = 0  # since the last report
         self._waited = 0.0  # seconds for input, since then
