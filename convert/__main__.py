@@ -14,6 +14,7 @@ import numpy as np
 
 import convert
 import hybrid_flax
+from convert.l2vit import read_class_map, select_classes
 from convert.state_dict import classifier_width
 from hybrid_flax import bridge
 from hybrid_flax.checkpoints import Checkpoints
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", help="the released file (.pth.tar, .pth, .safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--entry", help="entry of the file that holds the weights; default: found")
+    parser.add_argument(
+        "--class_map", metavar="FILE", help="keep only these rows of the classifier, one a line"
+    )
     parser.add_argument("--image_size", type=int, help="pixels; default: the released model's")
     options = parser.parse_args(arguments)
     try:
@@ -41,7 +45,9 @@ def _convert(options: argparse.Namespace) -> str:
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
-    state = convert.load_checkpoint(options.file, entry=options.entry)
+    state = convert.load_checkpoint(options.file, entry=options.entry or info.weights_entry)
+    if options.class_map:
+        state = select_classes(state, read_class_map(options.class_map))
 
     image_size = options.image_size or info.image_size
     num_classes = 1000
@@ -54,9 +60,9 @@ def _convert(options: argparse.Namespace) -> str:
     num_classes = classifier_width(bridge.abstract(build), state)
     model = bridge.abstract(build)
     convert.load_state_dict(model, state)
-    params = bridge.get_params(model)
+    weights = bridge.get_weights(model)
     infinite = [
-        path for path, leaf in bridge.flatten(params).items() if not np.isfinite(leaf).all()
+        path for path, leaf in bridge.flatten(weights).items() if not np.isfinite(leaf).all()
     ]
     if infinite:
         raise InputError(f"{options.file}: not all values are finite in {', '.join(infinite)}")
@@ -70,9 +76,9 @@ def _convert(options: argparse.Namespace) -> str:
         "source": os.path.basename(options.file),
         "sha256": sha256,
     }
-    checkpoints.save(0, {"params": params}, meta)
+    checkpoints.save(0, weights, meta)
     checkpoints.wait()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights["params"]))
     return (
         f"{options.model}: {len(state)} entries, {parameters:,} parameters, {num_classes} classes, "
         f"{image_size} pixels → {options.out}\n  from {options.file}, sha256 {sha256}\n"

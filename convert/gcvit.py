@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from convert.official import Official
 from hybrid_flax.layers import relative_position_index
 from hybrid_flax.models.gcvit import GCViT
 
-MODEL = GCViT
+MODELS = (GCViT,)
 
 # Regular expressions, applied to the path in this order.
 RENAMES = (
@@ -32,3 +33,20 @@ def derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
         for i, stage in enumerate(model.stages)
         for j, block in enumerate(stage.blocks)
     }
+
+
+OFFICIAL = {
+    name: Official("", "models.gc_vit", factory)
+    for name, factory in {
+        "gcvit_xxt": "gc_vit_xxtiny",
+        "gcvit_xt": "gc_vit_xtiny",
+        "gcvit_t": "gc_vit_tiny",
+        "gcvit_t2": "gc_vit_tiny2",
+        "gcvit_s": "gc_vit_small",
+        "gcvit_s2": "gc_vit_small2",
+        "gcvit_b": "gc_vit_base",
+        "gcvit_l": "gc_vit_large",
+        "gcvit_l_384": "gc_vit_large_384_21k",
+        "gcvit_l_512": "gc_vit_large_512_21k",
+    }.items()
+}

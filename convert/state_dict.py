@@ -1,7 +1,13 @@
 """PyTorch state_dicts in and out of our models: strict both ways, exact to the bit.
 
-Each family has a rules file with `MODEL`, `RENAMES` and `derived_buffers`. The rules turn our
-parameter paths into the release's keys; how an array is laid out follows from its name and rank.
+Each family has a rules file with `MODELS`, its model classes, and
+- `RENAMES`: (regular expression, replacement) pairs, applied in order, that turn our paths
+  (`stages/0/norm/scale`, without the collection) into the release's keys with "/" for ".";
+- `LAYOUTS` (optional): (regular expression on our path, axes) where an array is laid out otherwise
+  than its name and rank say: `"c -> 1 c 1 1"`;
+- `renames(model)` and `layouts(model)` in place of these two where the model decides;
+- `derived_buffers(model)` (optional): entries that follow from the architecture;
+- `OFFICIAL` (optional): {name of a model: where the official code makes it}.
 """
 
 import re
@@ -12,21 +18,38 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert import gcvit
+from convert import gcvit, glnet, gramian, l2vit, unified
+from convert.official import Official
 from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
 
-_FAMILIES = (gcvit,)
+_FAMILIES = (gcvit, l2vit, glnet, *gramian.FAMILIES, unified)
 
-# Our axis order → PyTorch's, by rank of a kernel: (in, out) → (out, in); HWIO → OIHW.
-_KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+# Our axes → PyTorch's, by the end of our path and by rank.
+_KERNELS = {2: "i o -> o i", 4: "h w i o -> o i h w"}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
+_IN_JAX = {"f": jnp.float32, "i": jnp.int32}
 
 
 class _Entry(NamedTuple):
-    path: str  # in our model
-    axes: tuple[int, ...]  # transposes our array into PyTorch's
-    shape: tuple[int, ...]  # in PyTorch's layout
-    dtype: np.dtype
+    path: str  # in our weights, the collection first
+    axes: tuple[int, ...]  # transposes our array into PyTorch's order
+    ordered: tuple[int, ...]  # its shape then
+    shape: tuple[int, ...]  # in PyTorch: the same, with axes of length 1 between
+    dtype: np.dtype  # in PyTorch
+
+    def export(self, array: np.ndarray) -> np.ndarray:
+        array = np.asarray(array).transpose(self.axes).reshape(self.shape)
+        return np.ascontiguousarray(array, self.dtype).reshape(self.shape)
+
+    def read(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.ordered).transpose(np.argsort(self.axes))
 
 
 def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
@@ -41,15 +64,15 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
       ValueError: listing every missing, unexpected, mis-shaped or unusable key at once; the model
         is unchanged then.
     """
-    table, buffers = _table(model), _rules(model).derived_buffers(model)
-    wrong_shape, wrong_value, params = [], [], {}
+    table, buffers = _table(model), _derived_buffers(model)
+    wrong_shape, wrong_value, weights = [], [], {}
     for key, array in state.items():
         array = np.asarray(array)
         if key in buffers:
             if array.shape != buffers[key].shape or not np.array_equal(array, buffers[key]):
                 wrong_value.append(
                     f"{key}: {array.dtype} {array.shape} differs from the one that this model's "
-                    f"windows imply, {buffers[key].shape}"
+                    f"image size implies, {buffers[key].shape}"
                 )
         elif key in table:
             entry = table[key]
@@ -60,10 +83,14 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
                     f"{key}: {array.dtype} does not fit into {entry.dtype} without loss"
                 )
             else:
-                array = array.transpose(np.argsort(entry.axes)).astype(entry.dtype)
-                params[entry.path] = jnp.asarray(array)
+                weights[entry.path] = jnp.array(entry.read(array), _IN_JAX[entry.dtype.kind])
+    for key, entry in table.items():  # files from before PyTorch 0.4.1 have no counters
+        if key not in state and entry.dtype.kind == "i":
+            weights[entry.path] = jnp.zeros(entry.shape, jnp.int32)
     problems = {
-        "missing": [key for key in table if key not in state],
+        "missing": [
+            key for key, entry in table.items() if entry.path not in weights and key not in state
+        ],
         "unexpected": [key for key in state if key not in table and key not in buffers],
         "mis-shaped": wrong_shape,
         "unusable": wrong_value,
@@ -78,17 +105,14 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
             f"this state_dict does not fit {type(model).__name__} as it was built (variant, "
             "num_classes, image_size); nothing was loaded\n" + "\n".join(lines)
         )
-    bridge.set_params(model, bridge.unflatten(params))
+    bridge.set_weights(model, bridge.unflatten(weights))
 
 
 def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """The model as the state_dict its authors' code loads: same keys, layouts, dtypes and bits."""
-    flat = bridge.flatten(bridge.get_params(model))
-    state = {
-        key: np.ascontiguousarray(np.asarray(flat[entry.path]).transpose(entry.axes))
-        for key, entry in _table(model).items()
-    }
-    return state | _rules(model).derived_buffers(model)
+    flat = bridge.flatten(bridge.get_weights(model))
+    state = {key: entry.export(flat[entry.path]) for key, entry in _table(model).items()}
+    return state | _derived_buffers(model)
 
 
 def classifier_width(model: nnx.Module, state: Mapping[str, np.ndarray]) -> int:
@@ -98,37 +122,80 @@ def classifier_width(model: nnx.Module, state: Mapping[str, np.ndarray]) -> int:
       model: of the right family and variant, with any number of classes.
     """
     for key, entry in _table(model).items():
-        if entry.path == "head/bias":
+        if bridge.is_classifier(entry.path) and entry.path.endswith("/bias"):
             return len(state[key]) if key in state and np.ndim(state[key]) == 1 else entry.shape[0]
-    raise AssertionError(f"{type(model).__name__} has no parameter head/bias")
+    raise AssertionError(f"{type(model).__name__} has no classifier")
+
+
+def layer_names(model: nnx.Module) -> dict[str, str]:
+    """{our path of a layer: the official path}, for layers that own a parameter themselves."""
+    names = {}
+    for key, entry in _table(model).items():
+        _, path = entry.path.split("/", 1)
+        if "/" in path and "." in key:
+            names.setdefault(path.rpartition("/")[0], key.rpartition(".")[0])
+    return names
+
+
+def official_model(model: nnx.Module, name: str) -> Official:
+    """Where the authors' repository makes the model.
+
+    Raises:
+      InputError: there is no official code for it.
+    """
+    official = getattr(_rules(model), "OFFICIAL", {})
+    if name not in official:
+        raise InputError(f"there is no official code of {name} to compare with")
+    return official[name]
 
 
 def _rules(model: nnx.Module):
     for rules in _FAMILIES:
-        if isinstance(model, rules.MODEL):
+        if isinstance(model, rules.MODELS):
             return rules
-    known = ", ".join(rules.MODEL.__name__ for rules in _FAMILIES)
+    known = ", ".join(kind.__name__ for rules in _FAMILIES for kind in rules.MODELS)
     raise InputError(f"no conversion rules for {type(model).__name__}; there are some for {known}")
 
 
+def _derived_buffers(model: nnx.Module) -> dict[str, np.ndarray]:
+    derive = getattr(_rules(model), "derived_buffers", None)
+    return derive(model) if derive else {}
+
+
 def _table(model: nnx.Module) -> dict[str, _Entry]:
-    """{release key: where it goes in our model}, one entry for every parameter."""
+    """{release key: where it goes in our model}, one entry for every weight."""
     rules, table = _rules(model), {}
-    for path, leaf in bridge.flatten(bridge.get_params(model)).items():
-        key = path
-        for pattern, replacement in rules.RENAMES:
+    renames = rules.renames(model) if hasattr(rules, "renames") else rules.RENAMES
+    layouts = rules.layouts(model) if hasattr(rules, "layouts") else getattr(rules, "LAYOUTS", ())
+    for path, leaf in bridge.flatten(bridge.get_weights(model)).items():
+        _, ours = path.split("/", 1)
+        key = ours
+        for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        key = re.sub(r"/(kernel|scale)$", "/weight", key).replace("/", ".")
-        axes = tuple(range(leaf.ndim))
-        if path.endswith("/kernel"):
-            axes = _KERNEL_AXES[leaf.ndim]
-        shape = tuple(leaf.shape[axis] for axis in axes)
+        *stem, name = key.split("/")
+        key = ".".join([*stem, _LEAVES.get(name, name)])
+        axes, shape = _layout(ours, leaf.shape, layouts)
         if key in table:
             raise AssertionError(f"the rules map both {table[key].path} and {path} to {key}")
-        table[key] = _Entry(path, axes, shape, np.dtype(leaf.dtype))
+        integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+        ordered = tuple(leaf.shape[axis] for axis in axes)
+        table[key] = _Entry(path, axes, ordered, shape, np.dtype("i8" if integer else leaf.dtype))
     return table
 
 
+def _layout(path: str, shape: tuple[int, ...], layouts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(axes that transpose our array into PyTorch's, PyTorch's shape)"""
+    axes = next((axes for pattern, axes in layouts if re.search(pattern, path)), None)
+    if axes is None and not path.endswith("/kernel"):
+        return tuple(range(len(shape))), shape
+    ours, theirs = (side.split() for side in (axes or _KERNELS[len(shape)]).split("->"))
+    lengths = dict(zip(ours, shape, strict=True)) | {"1": 1}
+    order = tuple(ours.index(letter) for letter in theirs if letter != "1")
+    return order, tuple(lengths[letter] for letter in theirs)
+
+
 def _widens(source: np.dtype, target: np.dtype) -> bool:
-    """Whether every value of `source` is exactly a value of `target`, both floating point."""
-    return jnp.issubdtype(source, jnp.floating) and np.can_cast(source, target, "safe")
+    """Whether every value of `source` is exactly a value of `target`, of the same kind."""
+    kinds = (jnp.floating, jnp.integer)
+    same_kind = any(jnp.issubdtype(source, k) and jnp.issubdtype(target, k) for k in kinds)
+    return same_kind and np.can_cast(source, target, "safe")

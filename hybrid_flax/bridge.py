@@ -1,48 +1,121 @@
 """Between Flax modules and plain nested dictionaries of arrays.
 
 Modules live in `models/` and `layers/`; the training step, optimizer, EMA, checkpoints and
-conversion see only dictionaries like `{"stages": {"0": {"blocks": …}}}`. A path is the keys joined
-by "/": `stages/0/blocks/1/attn/qkv/kernel`.
+conversion see only dictionaries like `{"params": {"stages": {"0": {"blocks": …}}}}`. A path is the
+keys joined by "/": `params/stages/0/blocks/1/attn/qkv/kernel`.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx, traverse_util
 
-Params = dict[str, Any]  # nested; leaves are arrays
+Weights = dict[str, Any]  # {"params": nested, "batch_stats": nested where a model has batch norms}
+
+_COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
-def get_params(model: nnx.Module) -> Params:
-    """The model's parameters. List positions become string keys: "0", "1", …"""
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+def get_weights(model: nnx.Module) -> Weights:
+    """The model's parameters and batch statistics. List positions become keys: "0", "1", …"""
+    collections = {
+        name: _string_keys(nnx.to_pure_dict(nnx.state(model, kind)))
+        for name, kind in _COLLECTIONS.items()
+    }
+    return {name: tree for name, tree in collections.items() if tree}
 
 
-def set_params(model: nnx.Module, params: Params) -> None:
-    """Replaces all parameters in place; `params` has the structure `get_params` gives."""
-    state = nnx.state(model, nnx.Param)
-    nnx.replace_by_pure_dict(state, params)
-    nnx.update(model, state)
+def set_weights(model: nnx.Module, weights: Weights) -> None:
+    """Replaces all weights in place; they have the structure that `get_weights` gives."""
+    for name, kind in _COLLECTIONS.items():
+        state = nnx.state(model, kind)
+        nnx.replace_by_pure_dict(state, weights.get(name, {}))
+        nnx.update(model, state)
 
 
 def abstract(build: Callable[[], nnx.Module]) -> nnx.Module:
-    """Builds a model whose parameters are only shapes and dtypes: instant, and without memory.
+    """Builds a model whose weights are only shapes and dtypes: instant, and without memory.
 
-    `set_params` (or `convert.load_state_dict`) makes a real model of it.
+    `set_weights` (or `convert.load_state_dict`) makes a real model of it.
     """
     return nnx.eval_shape(build)
 
 
 def as_function(model: nnx.Module) -> Callable[..., Any]:
-    """Returns `apply(params, *args, method="__call__", **kwargs)`: the model as a pure function."""
-    graph, _ = nnx.split(model)
+    """The model as a pure function: `apply(weights, *args, method="__call__", **kwargs)`."""
+    run = as_training_function(model)
 
-    def apply(params: Params, *args, method: str = "__call__", **kwargs):
-        module = nnx.merge(graph, nnx.restore_int_paths(params))
-        return getattr(module, method)(*args, **kwargs)
+    def apply(weights: Weights, *args, **kwargs):
+        return run(weights, *args, **kwargs)[0]
 
     return apply
+
+
+def as_training_function(model: nnx.Module) -> Callable[..., tuple[Any, Weights]]:
+    """Like `as_function`, but returns (output, batch statistics after the call).
+
+    The second is what `weights["batch_stats"]` should be next: {} for a model without batch norms.
+    """
+    graph, _ = nnx.split(model)
+
+    def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
+        states = [nnx.restore_int_paths(tree) for tree in weights.values()]
+        module = nnx.merge(graph, *states)
+        output = getattr(module, method)(*args, **kwargs)
+        return output, _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+
+    return apply
+
+
+def as_recording_function(model: nnx.Module) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Like `as_function`, but returns (output, {path: (number, what that submodule gave)}).
+
+    A path names a module: `stages/0/blocks/1/attn`. The numbers count the calls as they ended.
+    Submodules that give no array are left out.
+    """
+    graph, _ = nnx.split(model)
+
+    def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
+        states = [nnx.restore_int_paths(tree) for tree in weights.values()]
+        module = nnx.merge(graph, *states)
+        records: dict[str, tuple[int, jax.Array]] = {}
+        with _recording(module, records):
+            output = getattr(module, method)(*args, **kwargs)
+        return output, records
+
+    return apply
+
+
+@contextlib.contextmanager
+def _recording(module: nnx.Module, records: dict[str, tuple[int, jax.Array]]):
+    paths = {id(part): "/".join(map(str, path)) for path, part in nnx.iter_modules(module)}
+    kinds = {type(part) for _, part in nnx.iter_modules(module) if part is not module}
+    originals = {kind: kind.__dict__["__call__"] for kind in kinds if "__call__" in kind.__dict__}
+
+    def recorded(call):
+        @functools.wraps(call)
+        def wrapper(self, *args, **kwargs):
+            output = call(self, *args, **kwargs)
+            if id(self) in paths and isinstance(output, jax.Array):
+                records.setdefault(paths[id(self)], (len(records), output))
+            return output
+
+        return wrapper
+
+    for kind, call in originals.items():
+        kind.__call__ = recorded(call)
+    try:
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call
+
+
+def is_classifier(path: str) -> bool:
+    """Whether a path belongs to a layer whose width is the number of classes."""
+    return path.split("/")[-2] in ("head", "token_head", "classifier")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -51,7 +124,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def unflatten(flat: dict[str, Any]) -> Params:
+def unflatten(flat: dict[str, Any]) -> Weights:
     """{"a/b": leaf} → {"a": {"b": leaf}}"""
     return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -283,16 +283,19 @@ def check_same(found: Any, expected: Any, where: str) -> None:
         )
 
 
-class Weights(NamedTuple):
-    """The parameters in a work directory, or in what `python -m convert` wrote."""
+class SavedWeights(NamedTuple):
+    """The weights in a work directory, or in what `python -m convert` wrote.
+
+    Paths begin with the collection: `params/head/bias`, `batch_stats/norm/mean`.
+    """
 
     step: int
-    params: Arrays
-    ema: Arrays  # averaged; empty if the run kept no average
+    trained: Arrays
+    averaged: Arrays  # empty if the run kept no average
     meta: dict[str, Any]  # "model", "num_classes", "image_size", …
 
 
-def load_weights(folder: str) -> Weights:
+def load_weights(folder: str) -> SavedWeights:
     """The newest intact weights of a work directory or a converted checkpoint.
 
     Raises:
@@ -305,12 +308,14 @@ def load_weights(folder: str) -> Weights:
             "directory of a training run, or a folder that `python -m convert` wrote"
         )
     step, arrays, meta = restored
-    params, ema = (
-        {
-            path.removeprefix(group): array
-            for path, array in arrays.items()
-            if path.startswith(group)
-        }
-        for group in ("params/", "ema/")
-    )
-    return Weights(step, params, ema, meta)
+    averaged = {
+        path.removeprefix("ema/"): array
+        for path, array in arrays.items()
+        if path.startswith("ema/")
+    }
+    trained = {
+        path: array
+        for path, array in arrays.items()
+        if path.startswith(("params/", "batch_stats/"))
+    }
+    return SavedWeights(step, trained, averaged, meta)

@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
       eval_step: from `make_eval_step`.
-      weights: {name: parameters}, such as {"val": …, "val_ema": …}.
+      weights: {name: weights as `bridge.get_weights` gives them}: {"val": …, "val_ema": …}.
       should_stop: asked between batches.
 
     Returns:
@@ -52,7 +52,7 @@ def evaluate(
             if should_stop():
                 return None
             batch = to_devices(batch, mesh)
-            results = {name: eval_step(params, batch) for name, params in weights.items()}
+            results = {name: eval_step(each, batch) for name, each in weights.items()}
             for name, result in jax.device_get(results).items():
                 for key, value in result.items():
                     sums[name][key] += float(value)
@@ -86,13 +86,14 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     source = open_source(config.dataset.name, config.dataset.path, "val")
     resolve_classes(config, source)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    params = bridge.get_params(model)
+    template = bridge.get_weights(model)
     loaded = load_weights(workdir)
     weights = {}
-    for name, arrays in (("val", loaded.params), ("val_ema", loaded.ema)):
+    for name, arrays in (("val", loaded.trained), ("val_ema", loaded.averaged)):
         if arrays:
-            check_same(arrays, bridge.flatten(params), f"the checkpoint in {workdir}")
-            weights[name] = jax.device_put(bridge.unflatten_like(params, arrays), replicated(mesh))
+            check_same(arrays, bridge.flatten(template), f"the checkpoint in {workdir}")
+            tree = bridge.unflatten_like(template, arrays)
+            weights[name] = jax.device_put(tree, replicated(mesh))
     results = evaluate(
         make_eval_step(bridge.as_function(model), config, mesh),
         weights,

@@ -30,11 +30,11 @@ from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated
 from hybrid_flax.distributed.preemption import StopSignal
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
-from hybrid_flax.init_from import initial_params
+from hybrid_flax.init_from import initial_weights
 from hybrid_flax.training.metrics import MetricWriter, draw_curves
-from hybrid_flax.training.optimizers import adamw, cosine_schedule
+from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
 from hybrid_flax.training.progress import Progress
-from hybrid_flax.training.step import make_eval_step, make_train_step, new_state
+from hybrid_flax.training.step import make_eval_step, make_train_step, new_state, weights_of
 from hybrid_flax.workdir import Workdir, to_plain
 
 
@@ -73,18 +73,19 @@ def _train(
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval.every_epochs * steps_per_epoch
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    apply = bridge.as_function(model)
     schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, steps_per_epoch)
-    optimizer = adamw(config.optimizer, schedule)
-    train_step = make_train_step(apply, optimizer, schedule, config, mesh)
-    eval_step = make_eval_step(apply, config, mesh)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    train_step = make_train_step(
+        bridge.as_training_function(model), optimizer, schedule, config, mesh
+    )
+    eval_step = make_eval_step(bridge.as_function(model), config, mesh)
 
     # --------------------------------------------------------- continue this run, or begin it
-    def begin(params):
-        return new_state(params, optimizer, config.ema_decay)
+    def begin(weights):
+        return new_state(weights, optimizer, config.ema_decay)
 
     checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    template = jax.eval_shape(begin, bridge.get_params(model))
+    template = jax.eval_shape(begin, bridge.get_weights(model))
     restored = checkpoints.restore(template)
     checkpoints.clear_after(restored[0] if restored else -1)
     if restored:
@@ -93,8 +94,8 @@ def _train(
         print(f"continuing {run.path} from the checkpoint of step {step}")
     else:
         step = 0
-        params = initial_params(config, mesh)
-        state = jax.jit(begin, out_shardings=replicated(mesh))(params)
+        weights = initial_weights(config, mesh)
+        state = jax.jit(begin, out_shardings=replicated(mesh))(weights)
 
     run.write_text(
         "parameters.txt", get_parameter_overview(template["params"], include_stats=False)
@@ -153,7 +154,7 @@ def _train(
                 with progress.paused():
                     results = evaluate(
                         eval_step,
-                        {"val": state["params"], **averaged},
+                        {"val": weights_of(state), **averaged},
                         val_transform,
                         config,
                         mesh,

@@ -60,13 +60,25 @@ def projection(seed: int, key: str, gradient: np.ndarray) -> float:
     return float(np.vdot(gradient.astype(np.float64), direction.astype(np.float64)))
 
 
+def soft_labels(tag: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Targets that sum to 1 over axis 1, float32: a softmax of 3 times the tag's random numbers."""
+    values = 3 * _uniform(tag, shape).astype(np.float64)
+    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
+    return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def model(name: str, seed: int = 0, **arguments):
     """A model with reproducible weights, without the time its own initialisation takes to compile.
 
     Layer scales, which start at 1e-5, are near 1 here, so that every part matters.
     """
     built = bridge.abstract(lambda: hybrid_flax.create_model(name, **arguments))
-    flat = bridge.flatten(bridge.get_params(built))
-    params = {path: jnp.asarray(weights(seed, path, leaf.shape)) for path, leaf in flat.items()}
-    bridge.set_params(built, bridge.unflatten(params))
+    filled = {}
+    for path, leaf in bridge.flatten(bridge.get_weights(built)).items():
+        name = path.partition("/")[2]
+        if name.endswith("/var"):
+            name = f"{name.removesuffix('var')}.running_var"
+        array = np.zeros(leaf.shape) if name.endswith("/count") else weights(seed, name, leaf.shape)
+        filled[path] = jnp.asarray(array, leaf.dtype)
+    bridge.set_weights(built, bridge.unflatten(filled))
     return built

@@ -251,12 +251,12 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next(saved, monkey
 
 def test_weights_of_a_run_come_apart(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    params = tree()["params"]
-    checkpoints.save(3, {"params": params, "ema": params, "step": np.int32(3)}, {"model": "x"})
+    weights = {"params": tree()["params"], "batch_stats": {"mean": np.zeros(3)}}
+    checkpoints.save(3, weights | {"ema": weights, "step": np.int32(3)}, {"model": "x"})
     checkpoints.wait()
-    weights = load_weights(str(tmp_path))
-    assert weights.step == 3
-    assert weights.params.keys() == weights.ema.keys() == bridge.flatten(params).keys()
+    saved = load_weights(str(tmp_path))
+    assert saved.step == 3
+    assert saved.trained.keys() == saved.averaged.keys() == bridge.flatten(weights).keys()
     with pytest.raises(ValueError, match="there is no checkpoint in .*nowhere/checkpoints; give"):
         load_weights(str(tmp_path / "nowhere"))
 

@@ -217,7 +217,7 @@ def test_keys_are_those_of_the_release(state):
 
 
 def test_every_problem_is_listed_and_nothing_is_loaded(model, state):
-    before = bridge.flatten(bridge.get_params(model))
+    before = bridge.flatten(bridge.get_weights(model))
     broken = dict(state)
     broken["extra.weight"] = np.zeros(3, np.float32)
     del broken["norm.bias"]
@@ -233,7 +233,7 @@ def test_every_problem_is_listed_and_nothing_is_loaded(model, state):
     assert "1 mis-shaped:\n    head.weight: file (5, 256), model (7, 256)" in text
     assert "head.bias: float64 does not fit into float32 without loss" in text
     assert f"{index}: int64 (4, 4) differs" in text
-    after = bridge.flatten(bridge.get_params(model))
+    after = bridge.flatten(bridge.get_weights(model))
     assert all(after[path] is leaf for path, leaf in before.items())
 
 
@@ -251,7 +251,7 @@ def test_pytorch_tensors_are_taken_too(model, state):
     images = jnp.asarray(reference.images(0, (1, 64, 64, 3)))
     apply = jax.jit(bridge.as_function(model))
     np.testing.assert_array_equal(
-        apply(bridge.get_params(copy), images), apply(bridge.get_params(model), images)
+        apply(bridge.get_weights(copy), images), apply(bridge.get_weights(model), images)
     )
 
 
@@ -275,9 +275,9 @@ def test_command_line_writes_a_checkpoint(tmp_path, xxt_file, capsys):
     weights = load_weights(str(tmp_path / "out"))
     assert weights.meta["source"] == "gcvit_1k_xxtiny.pth.tar"
     assert weights.meta["num_classes"] == 5
-    want = bridge.flatten(bridge.get_params(reference.model("gcvit_xxt", num_classes=5)))
-    assert weights.params.keys() == want.keys()
-    assert all(np.array_equal(weights.params[path], want[path]) for path in want)
+    want = bridge.flatten(bridge.get_weights(reference.model("gcvit_xxt", num_classes=5)))
+    assert weights.trained.keys() == want.keys()
+    assert all(np.array_equal(weights.trained[path], want[path]) for path in want)
 
     assert convert_main(["gcvit_xxt", str(xxt_file), f"--out={tmp_path}/out"]) == 2
     assert "holds checkpoints already" in capsys.readouterr().err

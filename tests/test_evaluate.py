@@ -14,39 +14,39 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def params():
+def weights():
     config = tiny.config(model__num_classes=10)
-    return jax.jit(lambda: bridge.get_params(build_model(config, rngs=nnx.Rngs(3))))()
+    return jax.jit(lambda: bridge.get_weights(build_model(config, rngs=nnx.Rngs(3))))()
 
 
-def results(params, devices, batch_size, source=None):
+def results(weights, devices, batch_size, source=None):
     config = tiny.config(model__num_classes=10, eval__batch_size=batch_size)
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     transform = EvalTransform.from_config(config, source or open_source("digits", "", "val"))
     step = make_eval_step(bridge.as_function(model), config, mesh)
-    params = jax.device_get(params)
-    return evaluate.evaluate(step, {"val": params}, transform, config, mesh)["val"]
+    weights = jax.device_get(weights)
+    return evaluate.evaluate(step, {"val": weights}, transform, config, mesh)["val"]
 
 
-def test_every_image_counts_once_whatever_the_batch_and_the_devices(params):
-    want = results(params, 1, 360)
+def test_every_image_counts_once_whatever_the_batch_and_the_devices(weights):
+    want = results(weights, 1, 360)
     assert want["images"] == 360
     for devices, batch_size in ((1, 7), (8, 100), (3, 64), (8, 1), (5, 1000)):
-        got = results(params, devices, batch_size)
+        got = results(weights, devices, batch_size)
         assert got["images"] == 360
         assert (got["top1"], got["top5"]) == (want["top1"], want["top5"])
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
 
 
-def test_both_sets_of_weights_are_evaluated_in_one_pass(params):
-    other = jax.tree.map(lambda leaf: leaf * 0.5, params)
+def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
+    other = jax.tree.map(lambda leaf: leaf * 0.5, weights)
     config = tiny.config(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     step = make_eval_step(bridge.as_function(model), config, mesh)
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
-    both = evaluate.evaluate(step, {"val": params, "val_ema": other}, transform, config, mesh)
+    both = evaluate.evaluate(step, {"val": weights, "val_ema": other}, transform, config, mesh)
     assert both["val"]["loss"] != both["val_ema"]["loss"]
     alone = evaluate.evaluate(step, {"val": other}, transform, config, mesh)
     assert alone["val"] == both["val_ema"]
@@ -56,19 +56,19 @@ def test_both_sets_of_weights_are_evaluated_in_one_pass(params):
     assert "over 360 images" in text
 
 
-def test_evaluation_can_be_interrupted(params):
+def test_evaluation_can_be_interrupted(weights):
     config = tiny.config(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
     stopped = evaluate.evaluate(
-        lambda *_: {}, {"val": params}, transform, config, mesh, should_stop=lambda: True
+        lambda *_: {}, {"val": weights}, transform, config, mesh, should_stop=lambda: True
     )
     assert stopped is None
 
 
-def test_the_program_evaluates_what_a_work_directory_holds(params, tmp_path, capsys):
+def test_the_program_evaluates_what_a_work_directory_holds(weights, tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, {"params": params, "ema": params}, {"model": "gcvit_xxt"})
+    checkpoints.save(5, {**weights, "ema": weights}, {"model": "gcvit_xxt"})
     checkpoints.wait()
     assert evaluate.main(tiny.config(), str(tmp_path)) == 0
     said = capsys.readouterr().out
@@ -76,11 +76,11 @@ def test_the_program_evaluates_what_a_work_directory_holds(params, tmp_path, cap
     assert said.count("over 360 images") == 2
 
 
-def test_weights_of_another_model_are_refused(params, tmp_path):
+def test_weights_of_another_model_are_refused(weights, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, {"params": params}, {"model": "gcvit_xxt"})
+    checkpoints.save(5, weights, {"model": "gcvit_xxt"})
     checkpoints.wait()
     with pytest.raises(ValueError, match="of another model or optimizer") as error:
         evaluate.main(tiny.config(model__num_classes=11), str(tmp_path))
-    assert "head/bias: there float32 (10,), here float32 (11,)" in str(error.value)
-    assert np.size(params["head"]["bias"]) == 10
+    assert "params/head/bias: there float32 (10,), here float32 (11,)" in str(error.value)
+    assert np.size(weights["params"]["head"]["bias"]) == 10

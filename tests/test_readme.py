@@ -19,9 +19,9 @@ def row(name: str) -> str:
     gradients = [measured[key] for key in ("norms", "projections") if measured[key] is not None]
     cells = [
         f"`{name}`",
-        f"{info.top1:.1f}",
+        f"{info.top1:.1f}" if info.top1 else "",
         f"{info.parameters / 1e6:.1f} M",
-        f"{info.gflops:.1f} ({measured['multiply_adds'] / 1e9:.1f})",
+        f"{info.gflops or '–'} ({MULTIPLY_ADDS[name] / 1e9:.1f})",
         f"{info.image_size}, {crop.crop_mode} {crop.crop_fraction:g}",
         f"{measured['logits']:.0e}",
         f"{max(gradients):.0e}" if gradients else "",

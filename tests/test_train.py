@@ -321,7 +321,7 @@ def test_fine_tuning_with_other_classes_and_another_size(finished, photos, tmp_p
     said = capsys.readouterr().out
     assert f"starting from the averaged weights of {finished} (gcvit_xxt, step 10)" in said
     assert "the classifier for 10 classes is replaced by a fresh one for 3" in said
-    assert "5 relative position tables are resized to this image size" in said
+    assert "5 learned position tables are resized to this image size" in said
     start, tuned = final_arrays(finished)[1], final_arrays(tmp_path)[1]
     same = "stages/1/blocks/0/mlp/fc1/kernel"
     np.testing.assert_allclose(tuned[f"params/{same}"], start[f"ema/{same}"], atol=1e-6)

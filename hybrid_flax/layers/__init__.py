@@ -1,22 +1,41 @@
 """Building blocks that two or more of the papers share. Feature maps are NHWC."""
 
-from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv
-from hybrid_flax.layers.drop_path import drop_path
-from hybrid_flax.layers.mlp import Mlp
-from hybrid_flax.layers.position_bias import (
+from hybrid_flax.layers.attention import attention
+from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, pytorch_init
+from hybrid_flax.layers.deformable import deformable_sampling
+from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
+from hybrid_flax.layers.inputs import check_images, training_key
+from hybrid_flax.layers.linear import Mlp, linear, normal_init
+from hybrid_flax.layers.norms import BatchNorm, layer_norm
+from hybrid_flax.layers.pooling import adaptive_average_pool
+from hybrid_flax.layers.positions import (
     relative_position_index,
+    resize_position_map,
     resize_relative_position_bias,
 )
 from hybrid_flax.layers.windows import merge_windows, partition_windows
 
 __all__ = [
+    "BatchNorm",
     "DepthwiseConv",
     "Mlp",
     "PointwiseConv",
+    "adaptive_average_pool",
+    "attention",
+    "check_images",
     "conv",
+    "deformable_sampling",
     "drop_path",
+    "drop_path_rates",
+    "layer_norm",
+    "linear",
     "merge_windows",
+    "normal_init",
     "partition_windows",
+    "pytorch_init",
     "relative_position_index",
+    "resize_position_map",
     "resize_relative_position_bias",
+    "split_key",
+    "training_key",
 ]

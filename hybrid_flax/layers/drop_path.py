@@ -1,5 +1,8 @@
 """Stochastic depth (Huang et al., 2016, arXiv:1603.09382)."""
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,3 +23,15 @@ def drop_path(
         return branch
     keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
     return jnp.where(keep, branch / (1 - rate), jnp.zeros_like(branch))
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """A rate for each block of each stage, rising linearly from 0 to `rate` over all of them."""
+    last = max(sum(depths) - 1, 1)
+    rates = iter([rate * index / last for index in range(sum(depths))])
+    return [list(itertools.islice(rates, depth)) for depth in depths]
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys; without a key (evaluation) as many Nones."""
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -9,8 +9,6 @@ Shapes: B images, H×W map, C channels, w×w window, N = w² tokens, h heads of 
 """
 
 import dataclasses
-import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +21,23 @@ from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
     PointwiseConv,
+    attention,
+    check_images,
     conv,
     drop_path,
+    drop_path_rates,
+    layer_norm,
+    linear,
     merge_windows,
+    normal_init,
     partition_windows,
     relative_position_index,
+    split_key,
+    training_key,
 )
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
 HEAD_DIM = 32
-
-# The authors' truncated normal cuts at ±2, which is ±100 standard deviations: nothing is cut.
-linear_init = jax.nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +49,6 @@ class Variant:
     mlp_ratio: int
     layer_scale: float | None  # initial γ
     drop_path: float  # rate of the last block; the first has 0, linear between
-
-
-def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype, rngs) -> nnx.Linear:
-    return nnx.Linear(
-        in_dim, out_dim, use_bias=use_bias, kernel_init=linear_init, dtype=dtype, rngs=rngs
-    )
-
-
-def layer_norm(dim: int, *, dtype, rngs) -> nnx.LayerNorm:
-    """Statistics in float32 whatever the dtype; the two-pass variance, as PyTorch computes it."""
-    return nnx.LayerNorm(dim, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class SqueezeExcite(nnx.Module):
@@ -143,7 +135,7 @@ class WindowAttention(nnx.Module):
         self.is_global = is_global
         self.qkv = linear(dim, dim * (2 if is_global else 3), dtype=dtype, rngs=rngs)
         self.position_bias = nnx.Param(
-            linear_init(rngs.params(), ((2 * window - 1) ** 2, self.heads), jnp.float32)
+            normal_init(rngs.params(), ((2 * window - 1) ** 2, self.heads), jnp.float32)
         )
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
 
@@ -162,11 +154,7 @@ class WindowAttention(nnx.Module):
             query, key, value = (qkv[..., part, :, :] for part in range(3))
 
         bias = self.position_bias[...][relative_position_index(self.window)]  # [N, N, h]
-        scores = jnp.einsum(
-            "bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=jnp.float32
-        ) / math.sqrt(dim // self.heads)
-        weights = jax.nn.softmax(scores + bias.transpose(2, 0, 1)[None, None], axis=-1)
-        out = jnp.einsum("bwhqk,bwkhd->bwqhd", weights.astype(value.dtype), value)
+        out = attention(query, key, value, bias.transpose(2, 0, 1))
         out = merge_windows(out.reshape(*out.shape[:3], dim), height, width)
         return self.proj(out)
 
@@ -192,7 +180,7 @@ class Block(nnx.Module):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.attn = WindowAttention(dim, window, is_global=is_global, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, dim * mlp_ratio, kernel_init=linear_init, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
         self.has_layer_scale = layer_scale is not None
         if self.has_layer_scale:
             self.gamma1 = nnx.Param(jnp.full(dim, layer_scale, jnp.float32))
@@ -206,7 +194,7 @@ class Block(nnx.Module):
         query_map: Float[Array, "B w w C"],
         key: jax.Array | None = None,
     ) -> Float[Array, "B H W C"]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = split_key(key, 2)
         branch = self.attn(self.norm1(x), query_map)
         if self.has_layer_scale:
             branch = branch * self.gamma1[None, None, None].astype(self.dtype)
@@ -255,8 +243,8 @@ class Stage(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], key: jax.Array | None = None):
         """Returns (query map [B, w, w, C], blocks' output [B, H, W, C], stage's output)."""
         query_map = self.query(x)
-        for index, block in enumerate(self.blocks):
-            x = block(x, query_map, None if key is None else jax.random.fold_in(key, index))
+        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
+            x = block(x, query_map, block_key)
         return query_map, x, x if self.is_last else self.downsample(x)
 
 
@@ -287,8 +275,7 @@ class GCViT(nnx.Module):
         base = image_size // 32
         windows = (base, base, 2 * base, base)
         pools = ((True, True, True), (True, True), (False,), (False,))
-        blocks = sum(variant.depths)
-        rates = iter([variant.drop_path * i / max(blocks - 1, 1) for i in range(blocks)])
+        rates = drop_path_rates(variant.drop_path, variant.depths)
         dims = [variant.dim * 2**i for i in range(4)]
 
         self.stem = Stem(variant.dim, dtype=dtype, rngs=rngs)
@@ -298,7 +285,7 @@ class GCViT(nnx.Module):
                     dims[i],
                     windows[i],
                     pools[i],
-                    list(itertools.islice(rates, variant.depths[i])),
+                    rates[i],
                     variant,
                     is_last=i == 3,
                     dtype=dtype,
@@ -335,14 +322,10 @@ class GCViT(nnx.Module):
         not used cost nothing.
         """
         _check_size(images.shape, self.image_size)
-        if train and key is None:
-            raise InputError("train=True needs key=, a PRNG key, for drop path")
-        if not train:
-            key = None
+        stage_keys = split_key(training_key(train, key), 4)
         maps = {"stem": (x := self.stem(images.astype(self.dtype)))}
         for i, stage in enumerate(self.stages, start=1):
-            stage_key = None if key is None else jax.random.fold_in(key, i)
-            maps[f"query{i}"], maps[f"stage{i}_blocks"], x = stage(x, stage_key)
+            maps[f"query{i}"], maps[f"stage{i}_blocks"], x = stage(x, stage_keys[i - 1])
             maps[f"stage{i}"] = x
         maps["norm"] = self.norm(x)
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
@@ -352,8 +335,7 @@ class GCViT(nnx.Module):
 
 def _check_size(shape: tuple[int, ...], image_size: int):
     smallest = image_size - 3
-    if len(shape) != 4 or shape[-1] != 3:
-        raise InputError(f"images must be [B, H, W, 3] (RGB, channels last), got shape {shape}")
+    check_images(shape)
     if not all(smallest <= side <= image_size for side in shape[1:3]):
         raise InputError(
             f"images are {shape[1]}×{shape[2]}, but this GC ViT was built for "
@@ -400,6 +382,7 @@ def _published(
         trained_on=pretrained + "ImageNet-1k",
         release_file=file,
         release_page="https://huggingface.co/nvidia/GCViT",
+        download_url=f"https://huggingface.co/nvidia/GCViT/resolve/main/{file}",
         licence="weights CC-BY-NC-SA-4.0, original code NVIDIA Source Code License-NC",
     )
 

@@ -16,15 +16,18 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """A released model: what its authors published, and where its weights are."""
+    """A model: what its authors published, and where its weights are."""
 
     paper: str
-    top1: float  # ImageNet-1k validation top-1 in percent, as published
+    top1: float | None  # ImageNet-1k validation top-1 in percent, where published
     parameters: int  # of the official model with 1000 classes
-    gflops: float  # multiply-adds of one image in 10⁹, as published
+    gflops: float | None  # multiply-adds of one image in 10⁹, where published
     image_size: int  # pixels, height = width
     eval_transform: EvalTransform
     trained_on: str
-    release_file: str
-    release_page: str
+    release_file: str  # "" where the authors released no weights
+    release_page: str  # for people
     licence: str
+    download_url: str = ""  # direct link to release_file, where the authors publish one
+    sha256: str = ""  # of the release file, where published
+    weights_entry: str | None = None  # of the file; None: as `load_checkpoint` finds it

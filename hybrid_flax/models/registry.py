@@ -10,10 +10,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.models import gcvit
+from hybrid_flax.models import gcvit, glnet, gramian, l2vit, unified
 from hybrid_flax.models.info import ModelInfo
 
-_FAMILIES = ((gcvit.GCViT, gcvit.VARIANTS, gcvit.PUBLISHED),)
+_FAMILIES = (
+    (gcvit.GCViT, gcvit.VARIANTS, gcvit.PUBLISHED),
+    (l2vit.L2ViT, l2vit.VARIANTS, l2vit.PUBLISHED),
+    (glnet.GLNet, glnet.VARIANTS, glnet.PUBLISHED),
+    *gramian.FAMILIES,
+    (unified.Unified, unified.VARIANTS, unified.PUBLISHED),
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -47,9 +53,10 @@ def create_model(
     image_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs | None = None,
+    pretrained: bool = False,
     **overrides,
 ) -> nnx.Module:
-    """Builds a model with freshly initialised float32 parameters.
+    """Builds a model with float32 parameters, freshly initialised or as released.
 
     Args:
       name: one of `list_models()`.
@@ -57,13 +64,16 @@ def create_model(
       image_size: height and width in pixels; default: the released model's own.
       dtype: of the computation. Parameters, norms, softmax and logits stay float32.
       rngs: where the initial values come from; default `nnx.Rngs(0)`.
+      pretrained: whether to download the released weights and load them. Needs PyTorch for files
+        in its format. A classifier for other than the released number of classes stays fresh.
       **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
 
     Returns:
       A module: `model(images)` gives logits [B, num_classes] for normalised images [B, H, W, 3].
 
     Raises:
-      InputError: unknown name or override, or a size the family cannot be built for.
+      InputError: unknown name or override, a size the family cannot be built for, or no released
+        weights to be had.
     """
     model_class, variants, published = _family(name)
     variant = variants[name]
@@ -75,13 +85,19 @@ def create_model(
             )
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
-    return model_class(
+    model = model_class(
         dataclasses.replace(variant, **overrides),
         num_classes=num_classes,
         image_size=published[name].image_size if image_size is None else image_size,
         dtype=dtype,
         rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
     )
+    if pretrained:
+        # Conversion knows the models and not they it: only this convenience looks the other way.
+        from convert.pretrained import load_pretrained
+
+        load_pretrained(name, model)
+    return model
 
 
 class _Keys(nnx.Rngs):

@@ -1,8 +1,15 @@
 """Classification targets and losses, in float32."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import ml_collections
+import optax
 from jaxtyping import Array, Float, Int
+
+from hybrid_flax.errors import InputError
 
 
 def smoothed_one_hot(
@@ -14,7 +21,79 @@ def smoothed_one_hot(
 
 
 def cross_entropy(
-    logits: Float[Array, "B classes"], targets: Float[Array, "B classes"]
-) -> Float[Array, "B"]:
+    logits: Float[Array, "*B classes"], targets: Float[Array, "*B classes"]
+) -> Float[Array, "*B"]:
     """-Σ targets·log softmax(logits) for each image, in float32."""
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def gramian(
+    head_logits: Float[Array, "heads B classes"],
+    targets: Float[Array, "B classes"],
+    diversity: float,
+) -> Float[Array, ""]:
+    """Loss of several heads that are to disagree (arXiv:2310.16483, equation and weights: ga.md).
+
+    Summed over the heads: binary cross entropy with the targets, plus `diversity` times the
+    divergence of the head's softmax from that of the mean head, through which no gradient flows.
+    Both are means over images and classes. A negative `diversity` drives the heads apart.
+    """
+    head_logits = head_logits.astype(jnp.float32)
+    mean_head = jax.nn.log_softmax(jax.lax.stop_gradient(head_logits.mean(0, keepdims=True)))
+    divergence = jnp.exp(mean_head) * (mean_head - jax.nn.log_softmax(head_logits))
+    fit = optax.sigmoid_binary_cross_entropy(
+        head_logits, jnp.broadcast_to(targets, head_logits.shape)
+    )
+    return jnp.sum(jnp.mean(fit + diversity * divergence, axis=(1, 2)))
+
+
+def token_labelling(
+    outputs: Mapping[str, Array],
+    targets: Float[Array, "B classes"],
+    token_targets: Float[Array, "B tokens classes"],
+    dense_weight: float,
+) -> Float[Array, ""]:
+    """Token labelling with MixToken (arXiv:2104.10858, section 3): class loss and token loss.
+
+    Args:
+      outputs: `logits` [B, classes] of the pooled, mixed maps; `token_logits` [B, tokens, classes],
+        each of its own image again; `mixed`, the fraction of the map that came from the image at
+        the mirrored position of the batch.
+      targets: of the image; mixed here in that proportion.
+      token_targets: of each place of the last map, row-major; not mixed.
+      dense_weight: of the token loss, a mean over images and tokens.
+    """
+    targets = (1 - outputs["mixed"]) * targets + outputs["mixed"] * targets[::-1]
+    dense = cross_entropy(outputs["token_logits"], token_targets).mean()
+    return cross_entropy(outputs["logits"], targets).mean() + dense_weight * dense
+
+
+def make_loss(config: ml_collections.ConfigDict) -> Callable[[Any, Array], Array]:
+    """The config's loss as `loss(outputs, targets) → scalar`.
+
+    `outputs` is what the model returns in training, `targets` [B, classes]. `config.name` is
+    - `softmax`: cross entropy of logits [B, classes];
+    - `gramian`, with `diversity`: of the head logits [heads, B, classes] of the GA models;
+    - `token_labelling`, with `dense_weight`: of the token-labelled GLNets. Every token is taught
+      the label of its image.
+
+    Raises:
+      InputError: when called with outputs that this loss is not for.
+    """
+
+    def loss(outputs, targets):
+        has_tokens = isinstance(outputs, Mapping)
+        kind = "token_labelling" if has_tokens else {2: "softmax", 3: "gramian"}[outputs.ndim]
+        if kind != config.name:
+            raise InputError(
+                f"--config.loss.name={config.name!r} does not fit this model, whose training "
+                f"output is made for {kind!r}"
+            )
+        if kind == "softmax":
+            return cross_entropy(outputs, targets).mean()
+        if kind == "gramian":
+            return gramian(outputs, targets, config.diversity)
+        tokens = jnp.broadcast_to(targets[:, None], outputs["token_logits"].shape)
+        return token_labelling(outputs, targets, tokens, config.dense_weight)
+
+    return loss

@@ -1,5 +1,6 @@
 """Learning-rate schedules and optimizers, from the config's numbers."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
 
 Schedule = Callable[[jax.Array], jax.Array]  # optimizer step, from 0 → learning rate
@@ -15,13 +17,17 @@ Schedule = Callable[[jax.Array], jax.Array]  # optimizer step, from 0 → learni
 def cosine_schedule(
     config: ml_collections.ConfigDict, peak: float, steps_per_epoch: int
 ) -> Schedule:
-    """Linear warm-up, then half a cosine, then the minimum, changing every step.
+    """Linear warm-up, then half a cosine, then the minimum.
 
     Args:
       config: `warmup_epochs`, `warmup_learning_rate` (at step 0), `min_learning_rate`,
         `cosine_epochs` (the epoch at which the cosine reaches the minimum) and
-        `cosine_from_start`: whether the cosine is counted from step 0, the warm-up only covering
-        its beginning (GC ViT), or from the end of the warm-up.
+        - `cosine_from_start`: whether the cosine is counted from step 0, the warm-up only covering
+          its beginning, or from the end of the warm-up;
+        - `warmup_reaches_peak`: whether the last step of the warm-up already has the peak rate, or
+          the first step after it;
+        - `each_epoch`: whether the rate changes only between epochs;
+        - `lag_epochs`: how many epochs late it changes.
       peak: the learning rate the cosine starts from.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -32,38 +38,67 @@ def cosine_schedule(
             f"schedule: cosine_epochs={config.cosine_epochs} ends before the warm-up of "
             f"{config.warmup_epochs} epochs does; choose more cosine epochs"
         )
+    low = config.min_learning_rate
+    rise = (peak - config.warmup_learning_rate) / max(warmup - config.warmup_reaches_peak, 1)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        rise = (peak - config.warmup_learning_rate) / max(warmup, 1)
+        if config.each_epoch:
+            step = jnp.floor(step / steps_per_epoch) * steps_per_epoch
+        step = jnp.maximum(step - config.lag_epochs * steps_per_epoch, 0)
         progress = jnp.clip((step - start) / (end - start), 0, 1)
-        low = config.min_learning_rate
         cosine = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return jnp.where(step < warmup, config.warmup_learning_rate + rise * step, cosine)
 
     return schedule
 
 
-def adamw(config: ml_collections.ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with decoupled decay of every parameter of rank 2 or more.
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: Schedule
+) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW or LAMB with decoupled decay of some parameters.
 
-    Biases, norms and layer scales have rank 1 and are not decayed; relative position bias tables
-    have rank 2 and are, as in the authors' training (timm's grouping).
+    `config.name` is "adamw" or "lamb" (arXiv:1904.00962). LAMB's layer-wise ratio applies to the
+    decayed parameters only, as in timm.
     """
-    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    steps.append(
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        )
-    )
+
+    def mask(params):
+        return decayed(params, config)
+
+    steps = [
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if config.name == "lamb":
+        steps.insert(2, optax.masked(optax.scale_by_trust_ratio(), mask))
+    if config.clip_norm:
+        steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*steps)
 
 
-def decayed(params):
-    """Tree of booleans: which parameters weight decay applies to."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def decayed(params, config: ml_collections.ConfigDict):
+    """Tree of booleans: which parameters weight decay applies to.
+
+    Those of rank 2 or more: biases, norms and layer scales have rank 1. The regular expressions in
+    `config.decay_also` and `config.decay_never`, on paths like `stages/0/norm/scale`, make
+    exceptions; the authors' grouping goes by the rank in PyTorch, which differs in places.
+
+    Raises:
+      InputError: an expression that matches no parameter.
+    """
+    flat = bridge.flatten(params)
+    for name in ("decay_also", "decay_never"):
+        for pattern in config[name]:
+            if not any(re.search(pattern, path) for path in flat):
+                raise InputError(
+                    f"--config.optimizer.{name}: {pattern!r} matches no parameter of this model; "
+                    "parameters.txt in the work directory lists them"
+                )
+
+    def decays(path, leaf):
+        if any(re.search(pattern, path) for pattern in config.decay_never):
+            return False
+        return leaf.ndim > 1 or any(re.search(pattern, path) for pattern in config.decay_also)
+
+    return bridge.unflatten_like(params, {path: decays(path, leaf) for path, leaf in flat.items()})

@@ -3,8 +3,9 @@
 In order: uint8 images → normalise → mixup or cutmix → erase → model (drop path) → loss → gradients
 over micro-batches → clip → optimizer → EMA. All randomness follows from (seed, step).
 
-The training state is a dictionary: `step` (int32 scalar, steps done), `params`, `opt_state`, and
-`ema` where the config asks for one.
+The training state is a dictionary: `step` (int32 scalar, steps done), `params`, `opt_state`,
+`batch_stats` where the model has batch norms, and `ema`, the averaged weights, where the config
+asks for them.
 """
 
 from collections.abc import Callable
@@ -18,25 +19,30 @@ from jax.sharding import Mesh
 
 from hybrid_flax.distributed.mesh import batch_sharded, replicated
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
-from hybrid_flax.training.losses import cross_entropy, smoothed_one_hot
+from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
 from hybrid_flax.training.optimizers import Schedule
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
-def new_state(params, optimizer: optax.GradientTransformation, ema_decay: float) -> State:
-    """The state before the first step; the average starts at the initial parameters."""
+def new_state(weights, optimizer: optax.GradientTransformation, ema_decay: float) -> State:
+    """The state before the first step; the average starts at the initial weights."""
     state = {
         "step": jnp.zeros((), jnp.int32),
-        "params": params,
-        "opt_state": optimizer.init(params),
+        "opt_state": optimizer.init(weights["params"]),
+        **weights,
     }
-    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+    return state | ({"ema": jax.tree.map(jnp.copy, weights)} if ema_decay else {})
+
+
+def weights_of(state: State) -> dict[str, Any]:
+    """The trained weights in a state, as `bridge.get_weights` gives them."""
+    return {name: state[name] for name in ("params", "batch_stats") if name in state}
 
 
 def make_train_step(
-    apply: Callable[..., jax.Array],
+    apply: Callable[..., tuple[Any, Any]],
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     config: ml_collections.ConfigDict,
@@ -44,14 +50,19 @@ def make_train_step(
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
-    `batch` has `image` uint8 [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis.
-    The metrics are float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
+    `apply` is the model from `bridge.as_training_function`. `batch` has `image` uint8
+    [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis. The metrics are
+    float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
     `learning_rate`.
-    """
 
-    def loss_of(params, images, targets, key):
-        logits = apply(params, images, train=True, key=key)
-        return cross_entropy(logits, targets).mean()
+    Batch norms take their statistics over the whole micro-batch, on however many devices it is.
+    """
+    loss_of_outputs = make_loss(config.loss)
+
+    def loss_of(params, batch_stats, images, targets, key):
+        weights = weights_of({"params": params, "batch_stats": batch_stats})
+        outputs, batch_stats = apply(weights, images, train=True, key=key)
+        return loss_of_outputs(outputs, targets), batch_stats
 
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
@@ -70,9 +81,10 @@ def make_train_step(
         )
         images = random_erasing(erase_key, images, config.augment.erasing_probability)
 
-        loss, grads = _accumulated(
-            jax.value_and_grad(loss_of),
+        loss, grads, batch_stats = _accumulated(
+            jax.value_and_grad(loss_of, has_aux=True),
             state["params"],
+            state.get("batch_stats", {}),
             images,
             targets,
             model_key,
@@ -81,8 +93,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if batch_stats:
+            new["batch_stats"] = batch_stats
         if "ema" in state:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1 - config.ema_decay)
+            new["ema"] = _average(state["ema"], weights_of(new), config.ema_decay)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -98,37 +112,55 @@ def make_train_step(
     )
 
 
-def _accumulated(value_and_grad, params, images, targets, key, count: int):
-    """Mean loss and gradients over `count` micro-batches, one in memory at a time."""
+def _average(average, weights, decay: float):
+    """The moving average; counters are not averaged but taken over."""
+
+    def update(old, new):
+        return decay * old + (1 - decay) * new if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(update, average, weights)
+
+
+def _accumulated(value_and_grad, params, batch_stats, images, targets, key, count: int):
+    """Mean loss and gradients over `count` micro-batches, one in memory at a time.
+
+    Returns (loss, gradients, batch statistics after the last micro-batch).
+    """
     if count == 1:
-        return value_and_grad(params, images, targets, key)
+        (loss, batch_stats), grads = value_and_grad(params, batch_stats, images, targets, key)
+        return loss, grads, batch_stats
 
     def split(x):
         # Micro-batch i takes every count-th image, so that each device keeps its own images.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, micro_batch):
+    def add(carry, micro_batch):
+        total, batch_stats = carry
         index, images, targets = micro_batch
-        result = value_and_grad(params, images, targets, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, result), None
+        (loss, batch_stats), grads = value_and_grad(
+            params, batch_stats, images, targets, jax.random.fold_in(key, index)
+        )
+        return (jax.tree.map(jnp.add, total, (loss, grads)), batch_stats), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, (jnp.arange(count), split(images), split(targets)))
-    return jax.tree.map(lambda x: x / count, total)
+    micro_batches = (jnp.arange(count), split(images), split(targets))
+    (total, batch_stats), _ = jax.lax.scan(add, (zero, batch_stats), micro_batches)
+    return *jax.tree.map(lambda x: x / count, total), batch_stats
 
 
 def make_eval_step(
     apply: Callable[..., jax.Array], config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
-    """Compiles `step(params, batch) → sums`.
+    """Compiles `step(weights, batch) → sums`.
 
-    `batch` has `image` uint8 [B, H, W, 3], `label` int32 [B] and `mask` float32 [B], 0 for rows
-    that do not count. The sums over counted images are `top1`, `top5`, `loss` and `images`.
+    `apply` is the model from `bridge.as_function`. `batch` has `image` uint8 [B, H, W, 3], `label`
+    int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
+    counted images are `top1`, `top5`, `loss` and `images`.
     """
 
-    def eval_step(params, batch):
+    def eval_step(weights, batch):
         images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
-        logits, labels, mask = apply(params, images), batch["label"], batch["mask"]
+        logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
         loss = cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
         return {

@@ -2,12 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import hybrid_flax
 from configs import recipes
 from hybrid_flax import bridge
-from hybrid_flax.training.optimizers import adamw, cosine_schedule, decayed
+from hybrid_flax.training.optimizers import cosine_schedule, decayed, make_optimizer
 
 
 def test_the_schedule_of_gcvit():
@@ -28,21 +27,36 @@ def test_the_schedule_of_gcvit():
 
 
 def test_a_cosine_after_the_warm_up_begins_at_the_peak():
-    config = ConfigDict(
-        {
-            "warmup_epochs": 2,
-            "warmup_learning_rate": 0.0,
-            "min_learning_rate": 0.0,
-            "cosine_epochs": 10,
-            "cosine_from_start": False,
-        }
-    )
-    schedule = cosine_schedule(config, 1.0, 5)
-    values = [float(schedule(step)) for step in range(51)]
-    np.testing.assert_allclose(values[:11], np.linspace(0, 1, 11), atol=1e-6)
-    assert values[30] == pytest.approx(0.5)
-    assert values[50] == pytest.approx(0, abs=1e-7)
-    assert (np.diff(values[10:]) < 0).all()
+    config = recipes.glnet("glnet_4g").schedule
+    schedule = jax.jit(cosine_schedule(config, 2e-3, 625))
+    warmup = [float(schedule(step)) for step in (0, 625, 5 * 625)]
+    np.testing.assert_allclose(warmup, [0, 4e-4, 2e-3], rtol=1e-5)
+    assert float(schedule(152.5 * 625)) == pytest.approx((2e-3 + 1e-5) / 2, rel=1e-5)
+    assert float(schedule(300 * 625)) == pytest.approx(1e-5)
+
+
+def test_a_warm_up_may_reach_the_peak_with_its_last_step():
+    config = recipes.l2vit("l2vit_b").schedule
+    schedule = jax.jit(cosine_schedule(config, 4e-3, 312))
+    peak = [float(schedule(20 * 312 + i)) for i in (-2, -1, 0, 1)]
+    np.testing.assert_allclose(peak[1:3], 4e-3, rtol=1e-6)
+    assert peak[0] == pytest.approx(4e-3 * 6238 / 6239)
+    assert peak[3] < 4e-3
+
+
+def test_a_rate_may_change_between_epochs_only():
+    config = recipes.gramian("ga_convnext_t").schedule
+    schedule = jax.jit(cosine_schedule(config, 5e-3, 1251))
+    rates = [float(schedule(epoch * 1251 + 700)) for epoch in (0, 1, 2, 299)]
+    np.testing.assert_allclose(rates, [1e-6, 1.667e-3, 3.334e-3, 1.137e-6], rtol=1e-3)
+
+
+def test_the_rate_of_token_labelling_is_an_epoch_late():
+    config = recipes.glnet_token_labelling("glnet_4g_tklb").schedule
+    schedule = jax.jit(cosine_schedule(config, 2e-3, 625))
+    rates = [float(schedule(epoch * 625 + 10)) for epoch in (0, 1, 2, 309)]
+    np.testing.assert_allclose(rates[:3], [1e-6, 1e-6, 4.008e-4], rtol=1e-3)
+    assert rates[3] == pytest.approx(1.02e-5, rel=1e-2)
 
 
 def test_a_schedule_that_ends_before_it_begins_is_refused():
@@ -54,16 +68,38 @@ def test_a_schedule_that_ends_before_it_begins_is_refused():
 
 def test_decay_follows_the_rank():
     model = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_s"))
-    flags = bridge.flatten(decayed(bridge.get_params(model)))
+    config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
+    flags = bridge.flatten(decayed(bridge.get_weights(model)["params"], config))
     assert flags["stages/0/blocks/0/attn/position_bias"]  # rank 2: decayed, as the authors did
     assert flags["stem/conv/kernel"]
     for path in ("stem/conv/bias", "norm/scale", "stages/1/blocks/0/gamma1", "head/bias"):
         assert not flags[path]
 
 
+def test_decay_has_exceptions_by_path():
+    params = {"a": {"gamma": jnp.ones(3)}, "b": {"table": jnp.ones((2, 2))}, "c": jnp.ones((2, 2))}
+    config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
+    config.decay_also, config.decay_never = (r"/gamma$",), (r"^b/",)
+    assert bridge.flatten(decayed(params, config)) == {"a/gamma": True, "b/table": False, "c": True}
+    config.decay_never = ("gama",)
+    with pytest.raises(ValueError, match=r"optimizer\.decay_never: 'gama' matches no parameter"):
+        decayed(params, config)
+
+
+def test_lamb_scales_each_decayed_parameter_by_its_norm():
+    config = recipes.gramian("ga_convnext_t").optimizer
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
+    grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    # The first Adam direction is 1 everywhere; the kernel's becomes as long as the kernel is.
+    np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 10, rtol=1e-5)
+
+
 def test_clipping_decay_and_step_size_of_adamw():
     config = recipes.gcvit("gcvit_b", batch_size=4096).optimizer
-    optimizer = adamw(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1)
     params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
     grads = {"kernel": jnp.full((2, 2), 1e3), "bias": jnp.full(2, 1e3)}
     updates, state = optimizer.update(grads, optimizer.init(params), params)

@@ -8,8 +8,8 @@ import pytest
 from configs import quickstart
 from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
-from hybrid_flax.training.optimizers import adamw, cosine_schedule
-from hybrid_flax.training.step import make_eval_step, make_train_step, new_state
+from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
+from hybrid_flax.training.step import make_eval_step, make_train_step, new_state, weights_of
 from tests import reference
 
 VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
@@ -44,9 +44,9 @@ def batch(size=16, seed=0):
 def build(config, mesh):
     """(train step, fresh state on the mesh)"""
     schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, 10)
-    optimizer = adamw(config.optimizer, schedule)
-    step = make_train_step(bridge.as_function(model()), optimizer, schedule, config, mesh)
-    params = jax.tree.map(jnp.copy, bridge.get_params(model()))
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(bridge.as_training_function(model()), optimizer, schedule, config, mesh)
+    params = jax.tree.map(jnp.copy, bridge.get_weights(model()))
     state = jax.device_put(new_state(params, optimizer, config.ema_decay), replicated(mesh))
     return step, state
 
@@ -84,13 +84,13 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch():
     config = tiny_config()
     config.model.drop_path = 0.0  # dropped paths are drawn per micro-batch
     plain = reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.0, **VARIANT)
-    apply, params = bridge.as_function(plain), bridge.get_params(plain)
+    apply, params = bridge.as_training_function(plain), bridge.get_weights(plain)
     results = []
     for count in (1, 2):
         config.accumulation_steps = count
         mesh = make_mesh(jax.devices()[:4])
         schedule = cosine_schedule(config.schedule, 1e-3, 10)
-        optimizer = adamw(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer, schedule)
         step = make_train_step(apply, optimizer, schedule, config, mesh)
         state = new_state(jax.tree.map(jnp.copy, params), optimizer, config.ema_decay)
         _, metrics = step(jax.device_put(state, replicated(mesh)), to_devices(batch(), mesh))
@@ -121,11 +121,11 @@ def test_no_collective_gathers_the_images():
 def test_the_average_follows_the_parameters(one_device):
     config = tiny_config()
     _, state = run(config, make_mesh(jax.devices()[:1]), 1)
-    start = bridge.flatten(bridge.get_params(model()))
+    start = bridge.flatten(bridge.get_weights(model()))
     for path, average in bridge.flatten(state["ema"]).items():
         want = (
             config.ema_decay * start[path]
-            + (1 - config.ema_decay) * bridge.flatten(state["params"])[path]
+            + (1 - config.ema_decay) * bridge.flatten(weights_of(state))[path]
         )
         np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-8)
 
@@ -142,11 +142,11 @@ def test_evaluation_counts_what_the_mask_says():
     step = make_eval_step(bridge.as_function(model()), config, mesh)
     images = batch(16)
     mask = (np.arange(16) < 11).astype(np.float32)
-    sums = step(bridge.get_params(model()), to_devices(images | {"mask": mask}, mesh))
+    sums = step(bridge.get_weights(model()), to_devices(images | {"mask": mask}, mesh))
     normal = (images["image"] / 255 - np.array(config.dataset.mean)) / np.array(config.dataset.std)
     logits = np.asarray(
         jax.jit(bridge.as_function(model()))(
-            bridge.get_params(model()), jnp.asarray(normal, jnp.float32)
+            bridge.get_weights(model()), jnp.asarray(normal, jnp.float32)
         )
     )[:11]
     labels = images["label"][:11]

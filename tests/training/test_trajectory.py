@@ -17,7 +17,7 @@ from configs import gcvit_xxt
 from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.training import step as step_module
-from hybrid_flax.training.optimizers import adamw, decayed
+from hybrid_flax.training.optimizers import decayed, make_optimizer
 from tests import reference
 from tests.parity import GOLDEN
 
@@ -51,16 +51,16 @@ def trained(golden, model):
     def schedule(step):
         return rates[step]
 
-    optimizer = adamw(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule)
     mesh = make_mesh(jax.devices()[:1])
     metrics = []
     with pytest.MonkeyPatch.context() as patch:
         # The recorded images are random numbers, normalised already.
         patch.setattr(step_module, "normalise", lambda images, mean, std: images)
         step = step_module.make_train_step(
-            bridge.as_function(model), optimizer, schedule, config, mesh
+            bridge.as_training_function(model), optimizer, schedule, config, mesh
         )
-        params = jax.tree.map(jnp.copy, bridge.get_params(model))
+        params = jax.tree.map(jnp.copy, bridge.get_weights(model))
         state = step_module.new_state(params, optimizer, config.ema_decay)
         for i in range(run["steps"]):
             images = reference.images(golden["image_seed"] + i, (run["batch"], *run["size"], 3))
@@ -73,7 +73,7 @@ def trained(golden, model):
 def exported(params):
     """Parameters under the names and in the layouts of the release."""
     copy = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_xxt"))
-    bridge.set_params(copy, params)
+    bridge.set_weights(copy, params)
     return convert.to_state_dict(copy)
 
 
@@ -89,18 +89,21 @@ def test_losses_and_gradient_norms(golden, trained):
 def test_the_same_parameters_decay(golden, model):
     flags = jax.tree.map(
         lambda leaf, flag: jnp.full(leaf.shape, flag, jnp.float32),
-        bridge.get_params(model),
-        decayed(bridge.get_params(model)),
+        bridge.get_weights(model),
+        {"params": decayed(bridge.get_weights(model)["params"], gcvit_xxt.get_config().optimizer)},
     )
     names = {key: array for key, array in exported(flags).items() if "index" not in key}
     assert {key for key, flag in names.items() if flag.all()} == set(golden["decayed"])
     assert {key for key, flag in names.items() if not flag.any()} == set(golden["not_decayed"])
 
 
-@pytest.mark.parametrize(("group", "prefix", "column"), [("params", "after", 2), ("ema", "ema", 3)])
-def test_weights_and_averages_after_the_last_step(golden, model, trained, group, prefix, column):
+@pytest.mark.parametrize(
+    ("group_of", "prefix", "column"),
+    [(step_module.weights_of, "after", 2), (lambda state: state["ema"], "ema", 3)],
+)
+def test_weights_and_averages_after_the_last_step(golden, model, trained, group_of, prefix, column):
     arrays = np.load(GOLDEN / "training" / "gcvit_xxt.npz")
-    before, after = exported(bridge.get_params(model)), exported(trained[1][group])
+    before, after = exported(bridge.get_weights(model)), exported(group_of(trained[1]))
     got, want, lengths = [], [], []
     for key, numbers in golden["parameters"].items():
         start = reference.samples(before[key], 16)

@@ -1,0 +1,10 @@
+"""GA-ConvNeXt Small with 768 channels in stage 4, accuracy unpublished: 76.7 M parameters.
+
+python -m hybrid_flax.main --config=configs/ga_convnext_s_768.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gramian("ga_convnext_s_768")

@@ -1,0 +1,10 @@
+"""GA-ConvNeXt Tiny with 768 channels in stage 4, accuracy unpublished: 54.4 M parameters.
+
+python -m hybrid_flax.main --config=configs/ga_convnext_t_768.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.gramian("ga_convnext_t_768")

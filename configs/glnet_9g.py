@@ -1,0 +1,10 @@
+"""GLNet-9G: 84.5 % top-1 published, 60.0 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/glnet_9g.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.glnet("glnet_9g")

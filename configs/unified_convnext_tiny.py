@@ -1,0 +1,10 @@
+"""Unified ConvNeXt Tiny: 82.2 % top-1 published, 31.9 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/unified_convnext_tiny.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.unified("unified_convnext_tiny")

@@ -1,0 +1,10 @@
+"""Unified InternImage Micro: 75.3 % top-1 published, 4.3 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/unified_internimage_micro.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.unified("unified_internimage_micro")

@@ -1,0 +1,10 @@
+"""Unified PVT Micro: 72.8 % top-1 published, 4.5 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/unified_pvt_micro.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.unified("unified_pvt_micro")

@@ -1,0 +1,10 @@
+"""Unified Swin Micro: 74.4 % top-1 published, 4.4 M parameters; unmeasured here.
+
+python -m hybrid_flax.main --config=configs/unified_swin_micro.py --workdir=DIR
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.unified("unified_swin_micro")

@@ -1,0 +1,95 @@
+"""L2ViT: our parameter paths → the keys of the official state_dict; its 22k classes → 1k."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from convert.official import Official
+from hybrid_flax.errors import InputError
+from hybrid_flax.models.l2vit import L2ViT
+
+MODELS = (L2ViT,)
+
+# Regular expressions, applied to the path in this order.
+RENAMES = (
+    (r"^stages/0/embed/conv1/", "downsample_layers/0/proj/proj/0/"),
+    (r"^stages/0/embed/bn1/", "downsample_layers/0/proj/proj/1/"),
+    (r"^stages/0/embed/conv2/", "downsample_layers/0/proj/proj/3/"),
+    (r"^stages/0/embed/bn2/", "downsample_layers/0/proj/proj/4/"),
+    (r"^stages/(\d)/embed/", r"downsample_layers/\1/"),
+    (r"/blocks/", "/"),
+    (r"/position1/", "/cpe/0/proj/"),
+    (r"/position2/", "/cpe/1/proj/"),
+    (r"/local_norm/", "/norm3/"),
+    (r"/local/depthwise(\d)/", r"/local_mp/conv\1/"),
+    (r"/local/", "/local_mp/"),
+    (r"^norms/(\d)/", r"norm\1/"),
+)
+
+
+def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int]:
+    """Reads the authors' `custom_map22kto1k.txt`: one row of the 22k classifier per line.
+
+    Raises:
+      InputError: a line is not a whole number, or there are not `num_classes` of them.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            if not line.strip().isdecimal():
+                raise InputError(f"{path}, line {number}: {line!r} is not a class index, 0 or more")
+            rows.append(int(line))
+    if len(rows) != num_classes:
+        raise InputError(
+            f"{path} has {len(rows)} class indices, expected {num_classes}, one per line"
+        )
+    return rows
+
+
+def select_classes(state: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """A state_dict whose classifier has only the given rows, in their order.
+
+    Makes a 22k-pretrained L2ViT one for 1000 classes, to fine-tune or to evaluate. The authors'
+    class map follows their own order of ImageNet-22k; other models' maps do not fit.
+
+    Args:
+      state: with `head.weight` [classes, C] and `head.bias` [classes].
+      rows: which class of `state` each new class is.
+
+    Raises:
+      InputError: no classifier, no rows, a row twice, or one that the classifier does not have.
+    """
+    missing = {"head.weight", "head.bias"} - set(state)
+    if missing:
+        raise InputError(
+            f"this state_dict has no {' and no '.join(sorted(missing))} to select from"
+        )
+    if not len(rows):
+        raise InputError("no class indices were given: a classifier needs at least one class")
+    classes = len(state["head.bias"])
+    outside = [row for row in rows if not 0 <= row < classes]
+    if outside:
+        raise InputError(
+            f"class index {outside[0]} is out of range: this classifier has {classes} classes, "
+            f"0 to {classes - 1}. Is the state_dict the one pretrained on ImageNet-22k?"
+        )
+    seen = set()
+    repeated = [row for row in rows if row in seen or seen.add(row)]
+    if repeated:
+        raise InputError(f"class index {repeated[0]} is given more than once")
+    picked = {key: np.asarray(state[key])[list(rows)] for key in ("head.weight", "head.bias")}
+    return {**state, **picked}
+
+
+OFFICIAL = {
+    name: Official("classification", "models.l2vit", factory)
+    for name, factory in {
+        "l2vit_t": "L2ViT_Tiny",
+        "l2vit_s": "L2ViT_Small",
+        "l2vit_b": "L2ViT_Base",
+        "l2vit_b_384": "L2ViT_Base_384",
+    }.items()
+}

@@ -1,0 +1,288 @@
+"""GA-CSWin: Gramian attention heads on CSWin (Dong et al., CVPR 2022, arXiv:2107.00652).
+
+Attention inside stripes of the map: half of the channels see vertical stripes, the other half
+horizontal ones. The official code has the class but none of its models: depths are those in the
+names it mentions, heads and stripes those of the public CSWin-T and -S, all else its defaults.
+
+Convolutions start as PyTorch's do, linear layers normal with deviation 0.02 and biases at 0.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from hybrid_flax.errors import InputError
+from hybrid_flax.layers import (
+    DepthwiseConv,
+    Mlp,
+    PointwiseConv,
+    attention,
+    conv,
+    drop_path,
+    drop_path_rates,
+    layer_norm,
+    linear,
+    split_key,
+)
+from hybrid_flax.layers.convolutions import pytorch_init
+from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
+from hybrid_flax.models.gramian.heads import Head
+from hybrid_flax.models.gramian.network import GramianNet, published
+
+HEAD_DIM = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What distinguishes one GA-CSWin from another. Heads are 32 channels wide in all of them."""
+
+    depths: tuple[int, int, int, int]
+    drop_path: float  # of the last block, stage 5 and the gram layers; linear from 0
+    dim: int = 64  # channels of stage 1; each stage doubles them
+    splits: tuple[int, int, int] = (1, 2, 7)  # stripe widths; stage 5 and the heads as stage 3
+    taps: int = 4  # outputs inside stage 3 that are aggregated too
+    stage5: str = "block"  # or "bottleneck", as in GA-ConvNeXt
+    gram_dim: int = 192
+    heads: int = 5
+
+
+class Stem(nnx.Module):
+    """Three 3×3 convolutions with norms, GELU between; [B, H, W, 3] → [B, H/4, W/4, C]."""
+
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.convs = nnx.List(
+            [
+                conv(channels, dim, 3, stride=stride, dtype=dtype, rngs=rngs)
+                for channels, stride in ((3, 2), (dim, 1), (dim, 2))
+            ]
+        )
+        self.norms = nnx.List([layer_norm(dim, dtype=dtype, rngs=rngs) for _ in range(3)])
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H4 W4 C"]:
+        x = self.norms[0](self.convs[0](images))
+        x = self.norms[1](self.convs[1](jax.nn.gelu(x, approximate=False)))
+        return self.norms[2](self.convs[2](jax.nn.gelu(x, approximate=False)))
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, then norm. Between stages 3×3 with stride 2, before stage 5 1×1."""
+
+    def __init__(self, convolution: nnx.Module, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = convolution
+        self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+        return self.norm(self.conv(x))
+
+
+def to_stripes(
+    x: Float[Array, "B H W C"], height: int, width: int
+) -> Float[Array, "stripes {height} {width} C"]:
+    """Cuts a map into height×width rectangles, row-major; image by image."""
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // height, height, columns // width, width, channels)
+    return x.swapaxes(2, 3).reshape(-1, height, width, channels)
+
+
+def from_stripes(
+    stripes: Float[Array, "stripes h w C"], rows: int, columns: int
+) -> Float[Array, "B {rows} {columns} C"]:
+    """The inverse of `to_stripes`, for a map of rows×columns places."""
+    _, height, width, channels = stripes.shape
+    x = stripes.reshape(-1, rows // height, columns // width, height, width, channels)
+    return x.swapaxes(2, 3).reshape(-1, rows, columns, channels)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); [B, H, W, C] → the same.
+
+    `split` is the width of the stripes; None: no stripes, the whole map is one window. To every
+    stripe's attention LePE is added: a 3×3 depthwise convolution of its values that sees zeros
+    beyond its border.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        split: int | None,
+        drop_path_rate: float,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.branches = 1 if split is None else 2
+        self.split = split
+        self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.lepe = nnx.List(
+            [
+                DepthwiseConv(dim // self.branches, 3, use_bias=True, dtype=dtype, rngs=rngs)
+                for _ in range(self.branches)
+            ]
+        )
+        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, 4 * dim, dtype=dtype, rngs=rngs)
+        self.drop_path_rate = drop_path_rate
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], key: jax.Array | None = None
+    ) -> Float[Array, "B H W C"]:
+        keys = split_key(key, 2)
+        branch = self.proj(jnp.concatenate(self.attend(x), axis=-1))
+        x = x + drop_path(branch, self.drop_path_rate, keys[0])
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1])
+
+    def attend(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B H W half"]]:
+        """Attention of the vertical stripes, then of the horizontal ones; or of the whole map."""
+        batch, height, width, _ = x.shape
+        windows = ((height, self.split), (self.split, width))
+        if self.split is None:
+            windows = ((height, width),)
+        qkv = self.qkv(self.norm1(x)).reshape(batch, height, width, 3, self.branches, -1)
+        maps = []
+        for i, window in enumerate(windows):
+            query, key, value = (to_stripes(qkv[..., part, i, :], *window) for part in range(3))
+            split_heads = (len(value), window[0] * window[1], -1, HEAD_DIM)
+            out = attention(*(part.reshape(split_heads) for part in (query, key, value)))
+            maps.append(from_stripes(out.reshape(value.shape) + self.lepe[i](value), height, width))
+        return maps
+
+
+class AggregatedBlock(nnx.Module):
+    """Stage 5, "block": 1×1 convolution, norm, a block with the stripes of stage 3."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        split: int,
+        drop_path_rate: float,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        mix = PointwiseConv(dim, out_dim, use_bias=True, dtype=dtype, rngs=rngs)
+        self.mix = ConvNorm(mix, out_dim, dtype=dtype, rngs=rngs)
+        self.block = Block(out_dim, split, drop_path_rate, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], train: bool = False, key: jax.Array | None = None
+    ) -> Float[Array, "B H W D"]:
+        return self.block(self.mix(x), key)
+
+
+class CSWin(nnx.Module):
+    """The trunk: stem, four stages, their aggregation, stage 5."""
+
+    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        splits = variant.splits
+        step = math.lcm(32, 4 * splits[0], 8 * splits[1], 16 * splits[2])
+        if image_size < step or image_size % step:
+            raise InputError(
+                f"image_size={image_size}: GA-CSWin with stripes of {splits[0]}, {splits[1]} and "
+                f"{splits[2]} places (splits) needs a multiple of {step}"
+            )
+        if variant.stage5 not in ("block", "bottleneck"):
+            raise InputError(f'stage5={variant.stage5!r}: expected "block" or "bottleneck"')
+        self.sides = (image_size, image_size)
+        self.taps = tap_places(variant.depths[2], variant.taps)
+        options = {"dtype": dtype, "rngs": rngs}
+        dims = [variant.dim * 2**i for i in range(4)]
+        rates = drop_path_rates(variant.drop_path, variant.depths)
+        self.stem = Stem(dims[0], **options)
+        self.merges = nnx.List(
+            [
+                ConvNorm(
+                    conv(dim, 2 * dim, 3, stride=2, use_bias=True, **options), 2 * dim, **options
+                )
+                for dim in dims[:3]
+            ]
+        )
+        self.stages = nnx.List(
+            [
+                nnx.List([Block(dim, split, rate, **options) for rate in stage_rates])
+                for dim, split, stage_rates in zip(dims, (*splits, None), rates, strict=True)
+            ]
+        )
+        aggregated = sum(dims) + variant.taps * dims[2]
+        if variant.stage5 == "block":
+            self.stage5 = AggregatedBlock(
+                aggregated, dims[3], splits[2], variant.drop_path, **options
+            )
+        else:
+            self.stage5 = Bottleneck(
+                aggregated,
+                dims[3],
+                dims[3] // 4,
+                drop_path_rate=variant.drop_path,
+                kernel_init=pytorch_init,
+                **options,
+            )
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], train: bool = False, key: jax.Array | None = None
+    ) -> dict[str, Float[Array, "..."]]:
+        """Also `mergeN`, between stages, and `s1b0_stripesI`, the first block's branches."""
+        *stage_keys, last_key = split_key(key, 5)
+        maps = {"stem": (x := self.stem(images))}
+        for i, branch in enumerate(self.stages[0][0].attend(x)):
+            maps[f"s1b0_stripes{i}"] = branch
+        taps = []
+        for i, blocks in enumerate(self.stages):
+            if i:
+                maps[f"merge{i}"] = x = self.merges[i - 1](x)
+            for place, block_key in enumerate(split_key(stage_keys[i], len(blocks))):
+                x = blocks[place](x, block_key)
+                if i == 2 and place in self.taps:
+                    taps.append(x)
+            maps[f"stage{i + 1}"] = x
+        maps["aggregate"] = aggregate(maps, taps)
+        maps["stage5"] = self.stage5(maps["aggregate"], train, last_key)
+        return maps
+
+
+class GACSWin(GramianNet):
+    """GA-CSWin. Heights and widths of image_size only.
+
+    The official code is for 224 only: it aggregates on a grid of 14×14 places. Here the grid
+    follows `image_size`, which must let the stripes divide every map: a multiple of 224, or less
+    with narrower stripes (`splits`).
+    """
+
+    trunk_class = CSWin
+
+    @staticmethod
+    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+        dim = 8 * variant.dim
+        return Head(
+            dim,
+            num_classes,
+            gram_dim=variant.gram_dim,
+            head_channels=dim // 32,
+            contraction_groups=8,
+            mlp_groups=2,
+            gram_layer=Block(variant.gram_dim, variant.splits[2], variant.drop_path, **options),
+            kernel_init=pytorch_init,
+            **options,
+        )
+
+
+# ----------------------------------------------------------------------------- the published ones
+
+VARIANTS = {
+    "ga_cswin_t": Variant((1, 2, 21, 1), 0.2),
+    "ga_cswin_s": Variant((2, 4, 32, 2), 0.4),
+}
+
+# Parameters counted on the official class as above; the published counts, 42.0 and 54.3 million,
+# lie between its two stages 5. Top-1 and FLOPs as the authors' README prints them.
+PUBLISHED = {
+    "ga_cswin_t": published(84.1, 43_431_816, 6.1),
+    "ga_cswin_s": published(84.7, 55_754_568, 8.7),
+}

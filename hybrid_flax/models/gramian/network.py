@@ -1,0 +1,117 @@
+"""A trunk and its heads: what all Gramian attention models have in common."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from hybrid_flax.errors import InputError
+from hybrid_flax.layers import check_images, split_key, training_key
+from hybrid_flax.models.gramian.heads import Head
+from hybrid_flax.models.info import EvalTransform, ModelInfo
+
+
+class GramianNet(nnx.Module):
+    """Images [B, H, W, 3], normalised, to the sum of the heads' logits; training: to each head's.
+
+    A kind of model says what its trunk is and what its heads are:
+
+    - `trunk_class(variant, image_size, dtype=, rngs=)`, a module that is called with
+      `(images, train, key)` and returns its named maps in order; the last is what the heads see.
+      Its attribute `sides` holds the smallest and the largest height and width that it takes.
+    - `make_head(variant, num_classes, dtype=, rngs=)`. Variants say how many there are.
+    """
+
+    trunk_class: type[nnx.Module]
+
+    @staticmethod
+    def make_head(variant, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Head:
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        variant,
+        *,
+        num_classes: int,
+        image_size: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.trunk = self.trunk_class(variant, image_size, dtype=dtype, rngs=rngs)
+        self.heads = nnx.List(
+            [
+                self.make_head(variant, num_classes, dtype=dtype, rngs=rngs)
+                for _ in range(variant.heads)
+            ]
+        )
+        self.image_size = image_size
+        self.dtype = dtype
+
+    def __call__(
+        self, images: Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> Float[Array, "*heads B classes"]:
+        """Evaluation: the sum (not the mean) of the heads' logits, float32 [B, classes].
+
+        `train=True`: the logits of each head, float32 [heads, B, classes], for `losses.gramian`;
+        it needs a PRNG `key` for drop path, and updates the batch norms' running statistics.
+        """
+        maps = self.intermediates(images, train=train, key=key)
+        return maps["head_logits"] if train else maps["logits"]
+
+    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
+        """Outputs of stages 1 to 4, strides 4, 8, 16 and 32, without a norm."""
+        maps = self.intermediates(images)
+        return [maps[f"stage{i}"] for i in range(1, 5)]
+
+    def intermediates(
+        self, images: Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> dict[str, Float[Array, "..."]]:
+        """Every named map on the way, in order; NHWC.
+
+        The trunk's: `stem`, `stage1` to `stage4`, `aggregate`, `stage5`, and what is its own. Of
+        head k: `hK_contract` and `hK_layer` [B, H, W, g], `hK_gram` [B, g(g + 1)/2], `hK_embed`
+        [B, D], `hK_class_attn` and `hK_mlp` [B, 1, D], `pooled_K` [B, D]. `head_logits` [heads, B,
+        num_classes]; `logits`, their sum. Under `jit`, maps that are not used cost nothing.
+        """
+        self._check_size(images.shape)
+        trunk_key, *head_keys = split_key(training_key(train, key), 1 + len(self.heads))
+        maps = self.trunk(images.astype(self.dtype), train, trunk_key)
+        *_, x = maps.values()
+        head_logits = []
+        for k, (head, head_key) in enumerate(zip(self.heads, head_keys, strict=True)):
+            found = head(x, train, head_key)
+            head_logits.append(found.pop("logits"))
+            pooled = found.pop("pooled")
+            maps |= {f"h{k}_{name}": value for name, value in found.items()}
+            maps[f"pooled_{k}"] = pooled
+        maps["head_logits"] = jnp.stack(head_logits)
+        maps["logits"] = maps["head_logits"].sum(0)
+        return maps
+
+    def _check_size(self, shape: tuple[int, ...]):
+        check_images(shape)
+        low, high = self.trunk.sides
+        if not all(low <= side <= high for side in shape[1:3]):
+            taken = f"from {low} to {high}" if low < high else f"of {low}"
+            raise InputError(
+                f"images are {shape[1]}×{shape[2]}, but this {type(self).__name__} was built for "
+                f"image_size={self.image_size} and takes heights and widths {taken}. Resize the "
+                'images, or build the model for their size: create_model("ga_...", image_size=...)'
+            )
+
+
+def published(top1: float | None, parameters: int, gflops: float | None) -> ModelInfo:
+    """What all models of the paper have in common: no weights were released."""
+    return ModelInfo(
+        paper="Gramian Attention Heads, arXiv:2310.16483",
+        top1=top1,
+        parameters=parameters,
+        gflops=gflops,
+        image_size=224,
+        eval_transform=EvalTransform(0.875, "center", "bicubic"),
+        trained_on="ImageNet-1k",
+        release_file="",
+        release_page="https://github.com/Lab-LVM/imagenet-models",
+        licence="Apache-2.0",
+    )

@@ -1,0 +1,141 @@
+"""GA-ViT-S: Gramian attention heads on ViT-S/16 (Touvron et al., ICML 2021, arXiv:2012.12877).
+
+A reconstruction: the authors published results for it, but no code and no weights. Known are its
+rounded counts: 22.9 million parameters with one head, 27.7 with five, 4.3 GFLOPs; this model has
+22.870 and 27.691 million, 4.33 GFLOPs if the products inside attention are left out, as the authors
+do. All of the following is inferred from them, and about 50 other settings of the heads meet them
+as well: a plain ViT-S/16 without class token, no aggregation, heads as GA-ConvNeXt's but without a
+gram layer, with 128 channels in the Gramian and 6 in each head of the class attention.
+
+Everything starts normal with deviation 0.02, biases at 0; norms have ε = 1e-6 in the trunk.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from hybrid_flax.errors import InputError
+from hybrid_flax.layers import (
+    Mlp,
+    attention,
+    conv,
+    drop_path,
+    drop_path_rates,
+    layer_norm,
+    linear,
+    normal_init,
+    split_key,
+)
+from hybrid_flax.models.gramian.heads import Head
+from hybrid_flax.models.gramian.network import GramianNet, published
+
+PATCH = 16
+HEAD_DIM = 64
+EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What defines a GA-ViT. Heads of the trunk are 64 channels wide."""
+
+    dim: int
+    depth: int
+    head_channels: int  # of the class attention
+    gram_dim: int
+    drop_path: float  # of the last block; the first has 0, linear between
+    heads: int = 5
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); [B, N, C] → the same."""
+
+    def __init__(self, dim: int, drop_path_rate: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, 4 * dim, dtype=dtype, rngs=rngs)
+        self.drop_path_rate = drop_path_rate
+
+    def __call__(
+        self, x: Float[Array, "B N C"], key: jax.Array | None = None
+    ) -> Float[Array, "B N C"]:
+        keys = split_key(key, 2)
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, -1, HEAD_DIM)
+        out = attention(*(qkv[:, :, part] for part in range(3)))
+        x = x + drop_path(self.proj(out.reshape(x.shape)), self.drop_path_rate, keys[0])
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1])
+
+
+class ViT(nnx.Module):
+    """The trunk: patches of 16×16 pixels with learned positions, blocks, a norm."""
+
+    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        if image_size < PATCH or image_size % PATCH:
+            raise InputError(f"image_size={image_size}: GA-ViT needs a multiple of {PATCH}")
+        self.sides = (image_size, image_size)
+        dim = variant.dim
+        self.patches = conv(
+            3,
+            dim,
+            PATCH,
+            stride=PATCH,
+            padding=0,
+            use_bias=True,
+            kernel_init=normal_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        tokens = (image_size // PATCH) ** 2
+        self.positions = nnx.Param(normal_init(rngs.params(), (tokens, dim), jnp.float32))
+        (rates,) = drop_path_rates(variant.drop_path, (variant.depth,))
+        self.blocks = nnx.List([Block(dim, rate, dtype=dtype, rngs=rngs) for rate in rates])
+        self.norm = layer_norm(dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], train: bool = False, key: jax.Array | None = None
+    ) -> dict[str, Float[Array, "..."]]:
+        """`stem`, `blocks` and `norm`, all [B, H/16, W/16, C]."""
+        patches = self.patches(images)
+        x = patches.reshape(len(patches), -1, patches.shape[-1])
+        x = x + self.positions[None].astype(self.dtype)
+        maps = {"stem": x.reshape(patches.shape)}
+        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
+            x = block(x, block_key)
+        maps["blocks"] = x.reshape(patches.shape)
+        maps["norm"] = self.norm(maps["blocks"])
+        return maps
+
+
+class GAViT(GramianNet):
+    """GA-ViT-S, a reconstruction. Heights and widths of image_size only, a multiple of 16."""
+
+    trunk_class = ViT
+
+    @staticmethod
+    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+        return Head(
+            variant.dim,
+            num_classes,
+            gram_dim=variant.gram_dim,
+            head_channels=variant.head_channels,
+            **options,
+        )
+
+    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
+        """One map only, of stride 16: the trunk's output, [B, H/16, W/16, C], after its norm."""
+        return [self.intermediates(images)["norm"]]
+
+
+# ----------------------------------------------------------------------------- the published one
+
+VARIANTS = {"ga_vit_s": Variant(384, 12, 6, 128, 0.1)}
+
+# Parameters of this reconstruction (published: 27.7 million); top-1 and FLOPs as the authors'
+# README prints them. Drop path is our choice.
+PUBLISHED = {"ga_vit_s": published(80.9, 27_691_016, 4.3)}

@@ -1,0 +1,41 @@
+"""What the frame asks of a token mixer."""
+
+from typing import NamedTuple
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class Place(NamedTuple):
+    """Where in the model a mixer stands; it may build itself accordingly."""
+
+    stage: int  # 0 to 3
+    block: int  # 0, 1, … within the stage
+    side: int  # of the stage's map, for images of the size that the model is built for
+    detection: bool  # whether images of any size will come
+
+
+class Mixer(nnx.Module):
+    """Moves information between the places of a map, and nothing else; [B, H, W, C] → the same.
+
+    The frame builds one for every block and gives it the map after the block's first norm. What
+    else a mixer may have is here, with what most have.
+    """
+
+    norm_epsilon = 1e-6  # of both norms of its blocks
+
+    def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Of `dim` channels, computing in `dtype`."""
+
+    @staticmethod
+    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
+        """Why a model built for `image_size` cannot take images of this height and width."""
+        return None
+
+    def add_positions(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """What is added to the block's input before its first norm."""
+        return x
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        raise NotImplementedError
