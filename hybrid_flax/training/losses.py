@@ -32,7 +32,7 @@ def gramian(
     targets: Float[Array, "B classes"],
     diversity: float,
 ) -> Float[Array, ""]:
-    """Loss of several heads that are to disagree (arXiv:2310.16483, equation and weights: ga.md).
+    """Loss of several heads that are to disagree (arXiv:2310.16483).
 
     Summed over the heads: binary cross entropy with the targets, plus `diversity` times the
     divergence of the head's softmax from that of the mean head, through which no gradient flows.

@@ -61,8 +61,9 @@ class ResNet(nnx.Module):
             raise InputError(f"image_size={image_size}: GA-ResNet needs a multiple of 32")
         self.sides = (image_size - 15, image_size)
         self.taps = tap_places(variant.depths[2], variant.taps)
+        options = {"dtype": dtype, "rngs": rngs}
         dim = variant.widths[0]
-        self.stem = Stem(dim, dtype=dtype, rngs=rngs)
+        self.stem = Stem(dim, **options)
         stages = []
         rates = drop_path_rates(variant.drop_path, variant.depths)
         for stage_rates, width in zip(rates, variant.widths, strict=True):
@@ -77,8 +78,7 @@ class ResNet(nnx.Module):
                     shortcut_bias=False,
                     drop_path_rate=rate,
                     kernel_init=he_init,
-                    dtype=dtype,
-                    rngs=rngs,
+                    **options,
                 )
                 blocks.append(block)
                 dim = 4 * width
@@ -91,8 +91,7 @@ class ResNet(nnx.Module):
             squeeze_excite=False,
             drop_path_rate=variant.drop_path,
             kernel_init=normal_init,
-            dtype=dtype,
-            rngs=rngs,
+            **options,
         )
 
     def __call__(

@@ -79,17 +79,8 @@ class ViT(nnx.Module):
             raise InputError(f"image_size={image_size}: GA-ViT needs a multiple of {PATCH}")
         self.sides = (image_size, image_size)
         dim = variant.dim
-        self.patches = conv(
-            3,
-            dim,
-            PATCH,
-            stride=PATCH,
-            padding=0,
-            use_bias=True,
-            kernel_init=normal_init,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        options = {"kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
+        self.patches = conv(3, dim, PATCH, stride=PATCH, padding=0, use_bias=True, **options)
         tokens = (image_size // PATCH) ** 2
         self.positions = nnx.Param(normal_init(rngs.params(), (tokens, dim), jnp.float32))
         (rates,) = drop_path_rates(variant.drop_path, (variant.depth,))
