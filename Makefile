@@ -15,7 +15,7 @@ test: lint
 	$(RUN) -m pytest -n 2 --dist=loadfile
 
 parity: $(VENV)/installed
-	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -182,7 +182,10 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model__name": "gcvit_q"}, "--config.model.name='gcvit_q': expected one of 'gcvit_b'"),
+        (
+            {"model__name": "gcvit_q"},
+            "--config.model.name='gcvit_q': expected one of 'ga_convnext_b'",
+        ),
         ({"model__image_size": 100}, "image_size=100: GC ViT needs a multiple of 32"),
         (
             {"model__dtype": "float16"},
@@ -324,7 +327,7 @@ def test_fine_tuning_with_other_classes_and_another_size(finished, photos, tmp_p
     assert "5 learned position tables are resized to this image size" in said
     start, tuned = final_arrays(finished)[1], final_arrays(tmp_path)[1]
     same = "stages/1/blocks/0/mlp/fc1/kernel"
-    np.testing.assert_allclose(tuned[f"params/{same}"], start[f"ema/{same}"], atol=1e-6)
+    np.testing.assert_allclose(tuned[f"params/{same}"], start[f"ema/params/{same}"], atol=1e-6)
     assert tuned["params/head/kernel"].shape == (256, 3)
     table = "params/stages/2/blocks/0/attn/position_bias"
     assert (start[table].shape, tuned[table].shape) == ((9, 4), (49, 4))

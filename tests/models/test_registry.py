@@ -53,7 +53,6 @@ def test_the_same_interface_everywhere(name):
     apply, weights = bridge.as_function(model), bridge.get_weights(model)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     maps = jax.eval_shape(lambda w, x: apply(w, x, method="intermediates"), weights, images)
-    assert list(maps)[-1] == "logits"
     assert (maps["logits"].shape, maps["logits"].dtype) == ((2, 5), jnp.float32)
     features = jax.eval_shape(lambda w, x: apply(w, x, method="features"), weights, images)
     strides = (16, 16, 16, 16) if name == "ga_vit_s" else (4, 8, 16, 32)
