@@ -1,4 +1,7 @@
-"""Every kind of model takes training steps with its own recipe, on small digits."""
+"""Every kind of model takes training steps with its own recipe, on small digits.
+
+GC ViT does in test_train.py, through checkpoints and evaluation.
+"""
 
 import importlib
 
