@@ -12,7 +12,6 @@ CASES = [
     "stm/unified_halonet_micro",
     "stm/unified_internimage_micro",
     "stm/unified_pvt_micro_det_192x288",
-    "stm/unified_swin_micro",
 ]
 
 

@@ -25,9 +25,7 @@ STAGES = HEADS | {"depths": (1, 1, 2, 1), "taps": 1}
 MODELS = {
     "l2vit_t": (32, {"dim": 32, "depths": (2, 1, 1, 1)}),
     "glnet_4g_tklb": (64, {"dim": 32, "depths": (1, 1, 2, 1)}),
-    "glnet_stl_paramslot": (32, {"dim": 32, "depths": (1, 1, 1, 1)}),
     "ga_convnext_t": (64, STAGES | {"dims": (16, 32, 32, 64)}),
-    "ga_cswin_t": (64, STAGES | {"splits": (1, 2, 2), "gram_dim": 64}),
     "ga_vit_s": (64, HEADS | {"dim": 64, "depth": 2, "head_channels": 2}),
     "unified_convnext_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
     "unified_halonet_micro": (224, {"dims": (32, 32, 32, 32), "depths": (1, 1, 1, 1)}),
