@@ -9,6 +9,8 @@ import textwrap
 import numpy as np
 import pytest
 
+import convert
+import hybrid_flax
 from convert.verify import main
 from tests import reference
 
@@ -116,8 +118,6 @@ def forget_imports():
 
 @pytest.fixture(scope="module")
 def state():
-    import convert
-
     exported = convert.to_state_dict(reference.model(NAME))
     return {key: torch.tensor(array) for key, array in exported.items()}
 
@@ -219,3 +219,15 @@ def test_what_cannot_be_used_is_said(file, tmp_path, capsys):
     assert main(["ga_vit_s", str(file), "--reference=x"]) == 1  # its state does not fit at all
     assert main(["ga_vit_s", "--download"]) == 2
     assert "no weights of ga_vit_s were released" in capsys.readouterr().err
+
+
+def test_pretrained_takes_the_file_in_the_cache(file, state, monkeypatch, capsys):
+    monkeypatch.setenv("HYBRID_FLAX_CACHE", os.path.dirname(file))
+    model = hybrid_flax.create_model(NAME, num_classes=5, pretrained=True)
+    assert "the classifier for 1000 classes is replaced by a fresh one for 5" in (
+        capsys.readouterr().out
+    )
+    weights = convert.to_state_dict(model)
+    assert weights["head.weight"].shape == (5, 384)
+    for key in ("stages.3.2.dwconv.weight", "conv_head.1.running_var"):
+        np.testing.assert_array_equal(weights[key], state[key].numpy())
