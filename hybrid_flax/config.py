@@ -3,6 +3,8 @@
 The fields are made, and explained, in `configs/recipes.py`.
 """
 
+import re
+
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
@@ -30,6 +32,15 @@ def _range_above_zero(value):
     return len(value) == 2 and 0 < value[0] <= value[1]
 
 
+def _are_expressions(values):
+    try:
+        for value in values:
+            re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
 _CHECKS = {
     "batch_size": _above(0),
     "accumulation_steps": _above(0),
@@ -53,9 +64,14 @@ _CHECKS = {
     "augment.cutmix_alpha": _above(-1e-9),
     "augment.cutmix_probability": _between(0, 1),
     "augment.erasing_probability": _between(0, 1),
+    "loss.name": _one_of("softmax", "gramian", "token_labelling"),
     "loss.label_smoothing": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "optimizer.name": _one_of("adamw", "lamb"),
     "optimizer.learning_rate": _above(0),
+    "optimizer.decay_also": (_are_expressions, "regular expressions"),
+    "optimizer.decay_never": (_are_expressions, "regular expressions"),
     "optimizer.clip_norm": _above(-1e-9),
+    "schedule.lag_epochs": _above(-1),
     "eval.batch_size": _above(0),
     "eval.every_epochs": _above(0),
     "eval.crop_fraction": (lambda value: 0 < value <= 1, "a number above 0, up to 1"),
