@@ -13,7 +13,7 @@ from hybrid_flax.layers.positions import (
     resize_position_map,
     resize_relative_position_bias,
 )
-from hybrid_flax.layers.windows import merge_windows, partition_windows
+from hybrid_flax.layers.windows import merge_windows, pad_to_multiple, partition_windows
 
 __all__ = [
     "BatchNorm",
@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "merge_windows",
     "normal_init",
+    "pad_to_multiple",
     "partition_windows",
     "pytorch_init",
     "relative_position_index",

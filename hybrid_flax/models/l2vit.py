@@ -34,6 +34,7 @@ from hybrid_flax.layers import (
     linear,
     merge_windows,
     normal_init,
+    pad_to_multiple,
     partition_windows,
     split_key,
     training_key,
@@ -55,12 +56,6 @@ class Variant:
     window: int
     drop_path: float  # rate of the last block; the first has 0, linear between
     detection: bool = False  # the trunk for dense prediction: see `L2ViT`
-
-
-def pad_to_multiple(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B _H _W C"]:
-    """Zeros at the right and at the bottom, up to the next multiples of `size`."""
-    bottom, right = -x.shape[1] % size, -x.shape[2] % size
-    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
 
 
 def depthwise(dim: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DepthwiseConv:

@@ -8,7 +8,7 @@ from flax import nnx
 
 import hybrid_flax
 from convert.l2vit import read_class_map, select_classes
-from hybrid_flax import bridge
+from hybrid_flax import bridge, layers
 from hybrid_flax.models import l2vit
 from tests import reference
 
@@ -185,7 +185,7 @@ def test_padding_takes_part_in_window_attention():
     attn = l2vit.WindowAttention(32, 7, dtype=jnp.float32, rngs=nnx.Rngs(0))
     attn.qkv.bias[...] = normal(0, (96,))
     x = normal(1, (1, 5, 6, 32))
-    padded = l2vit.pad_to_multiple(x, 7)
+    padded = layers.pad_to_multiple(x, 7)
     assert padded.shape == (1, 7, 7, 32)
     np.testing.assert_allclose(attn(x), attn(padded)[:, :5, :6], atol=1e-6)
 

@@ -17,6 +17,7 @@ from hybrid_flax.layers import (
     linear,
     merge_windows,
     normal_init,
+    pad_to_multiple,
     partition_windows,
 )
 from hybrid_flax.models.unified.mixer import Mixer, Place
@@ -115,7 +116,7 @@ class HaloAttention(Mixer):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         _, height, width, dim = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0)))
+        x = pad_to_multiple(x, BLOCK)
         query = self.q(x).reshape(*x.shape[:3], self.heads, HEAD_DIM)
         kv = self.kv(x).reshape(*x.shape[:3], self.heads, 2, HEAD_DIM)
         out = halo_attention(

@@ -14,6 +14,7 @@ from hybrid_flax.layers import (
     linear,
     merge_windows,
     normal_init,
+    pad_to_multiple,
     partition_windows,
     relative_position_index,
 )
@@ -117,7 +118,7 @@ class ShiftedWindowAttention(Mixer):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         _, height, width, dim = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
+        x = pad_to_multiple(x, self.window)
         qkv = self.qkv(x).reshape(*x.shape[:3], 3, self.heads, HEAD_DIM)
         out = shifted_window_attention(
             *(qkv[..., part, :, :] for part in range(3)),
