@@ -23,6 +23,14 @@ def test_windows_are_cut_row_major_and_put_back():
     assert (layers.merge_windows(windows, 4, 6) == x).all()
 
 
+def test_windows_may_be_rectangles():
+    x = jnp.arange(2 * 4 * 6 * 1).reshape(2, 4, 6, 1)
+    windows = layers.partition_windows(x, (2, 3))
+    assert windows.shape == (2, 4, 6, 1)
+    assert windows[0, 1, :, 0].tolist() == [3, 4, 5, 9, 10, 11]
+    assert (layers.merge_windows(windows, 4, 6, (2, 3)) == x).all()
+
+
 def test_relative_position_index():
     index = layers.relative_position_index(7)
     assert index.shape == (49, 49)

@@ -260,10 +260,6 @@ def test_stripes_are_vertical_in_the_first_half_and_horizontal_in_the_second():
     columns[:, 2:4] = rows[:2] = True
     np.testing.assert_array_equal(seen[0], columns)
     np.testing.assert_array_equal(seen[1], rows)
-    stripes = cswin.to_stripes(x, 4, 2)
-    assert stripes.shape == (3, 4, 2, 64)
-    np.testing.assert_array_equal(stripes[1], x[0, :, 2:4])
-    np.testing.assert_array_equal(cswin.from_stripes(stripes, 4, 6), x)
 
 
 def test_drop_path_rates():

@@ -27,6 +27,8 @@ from hybrid_flax.layers import (
     drop_path_rates,
     layer_norm,
     linear,
+    merge_windows,
+    partition_windows,
     split_key,
 )
 from hybrid_flax.layers.convolutions import pytorch_init
@@ -80,24 +82,6 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x))
 
 
-def to_stripes(
-    x: Float[Array, "B H W C"], height: int, width: int
-) -> Float[Array, "stripes {height} {width} C"]:
-    """Cuts a map into height×width rectangles, row-major; image by image."""
-    batch, rows, columns, channels = x.shape
-    x = x.reshape(batch, rows // height, height, columns // width, width, channels)
-    return x.swapaxes(2, 3).reshape(-1, height, width, channels)
-
-
-def from_stripes(
-    stripes: Float[Array, "stripes h w C"], rows: int, columns: int
-) -> Float[Array, "B {rows} {columns} C"]:
-    """The inverse of `to_stripes`, for a map of rows×columns places."""
-    _, height, width, channels = stripes.shape
-    x = stripes.reshape(-1, rows // height, columns // width, height, width, channels)
-    return x.swapaxes(2, 3).reshape(-1, rows, columns, channels)
-
-
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); [B, H, W, C] → the same.
 
@@ -147,10 +131,12 @@ class Block(nnx.Module):
         qkv = self.qkv(self.norm1(x)).reshape(batch, height, width, 3, self.branches, -1)
         maps = []
         for i, window in enumerate(windows):
-            query, key, value = (to_stripes(qkv[..., part, i, :], *window) for part in range(3))
-            split_heads = (len(value), window[0] * window[1], -1, HEAD_DIM)
-            out = attention(*(part.reshape(split_heads) for part in (query, key, value)))
-            maps.append(from_stripes(out.reshape(value.shape) + self.lepe[i](value), height, width))
+            parts = [partition_windows(qkv[..., part, i, :], window) for part in range(3)]
+            out = attention(*(part.reshape(*part.shape[:3], -1, HEAD_DIM) for part in parts))
+            value = parts[-1]
+            lepe = self.lepe[i](value.reshape(-1, *window, value.shape[-1]))
+            out = out.reshape(value.shape) + lepe.reshape(value.shape)
+            maps.append(merge_windows(out, height, width, window))
         return maps
 
 
