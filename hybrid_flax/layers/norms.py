@@ -24,14 +24,7 @@ class BatchNorm(nnx.Module):
     several devices the batch is the global one.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        epsilon: float = 1e-5,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs | None = None,  # nothing is random here; taken for the same call everywhere
-    ):
+    def __init__(self, dim: int, *, epsilon: float = 1e-5, dtype: DTypeLike = jnp.float32):
         self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros(dim, jnp.float32))
