@@ -5,14 +5,63 @@ model = hybrid_flax.create_model("gcvit_b")
 logits = model(images)  # [B, 224, 224, 3], normalised → [B, 1000]
 """
 
-# Loaded on first use, so that processes which only read images import neither JAX nor Flax.
-_PUBLIC = ("create_model", "list_models", "model_info", "model_variant")
+from __future__ import annotations
 
-__all__ = list(_PUBLIC)
+import typing
+
+if typing.TYPE_CHECKING:
+    from flax import nnx
+    from jax.typing import DTypeLike
+
+# Loaded on first use, so that processes which only read images import neither JAX nor Flax.
+_FROM_REGISTRY = ("list_models", "model_info", "model_variant")
+
+__all__ = ["create_model", *_FROM_REGISTRY]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    dtype: DTypeLike = "float32",
+    rngs: nnx.Rngs | None = None,
+    pretrained: bool = False,
+    **overrides,
+) -> nnx.Module:
+    """Builds a model with float32 parameters, freshly initialised or as released.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: width of the classifier.
+      image_size: height and width in pixels; default: the released model's own.
+      dtype: of the computation. Parameters, norms, softmax and logits stay float32.
+      rngs: where the initial values come from; default `nnx.Rngs(0)`.
+      pretrained: whether to download the released weights and load them. Needs PyTorch for files
+        in its format. A classifier for other than the released number of classes stays fresh.
+      **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
+
+    Returns:
+      A module: `model(images)` gives logits [B, num_classes] for normalised images [B, H, W, 3].
+
+    Raises:
+      InputError: unknown name or override, a size the family cannot be built for, or no released
+        weights to be had.
+    """
+    from hybrid_flax.models import registry
+
+    model = registry.create_model(
+        name, num_classes=num_classes, image_size=image_size, dtype=dtype, rngs=rngs, **overrides
+    )
+    if pretrained:
+        from convert.pretrained import load_pretrained
+
+        load_pretrained(name, model)
+    return model
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
+    if name in _FROM_REGISTRY:
         from hybrid_flax.models import registry
 
         return getattr(registry, name)

@@ -5,7 +5,6 @@ import difflib
 import fnmatch
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -49,31 +48,15 @@ def model_variant(name: str):
 def create_model(
     name: str,
     *,
-    num_classes: int = 1000,
-    image_size: int | None = None,
-    dtype: DTypeLike = jnp.float32,
-    rngs: nnx.Rngs | None = None,
-    pretrained: bool = False,
+    num_classes: int,
+    image_size: int | None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs | None,
     **overrides,
 ) -> nnx.Module:
-    """Builds a model with float32 parameters, freshly initialised or as released.
+    """`hybrid_flax.create_model`, which has the defaults and says what they mean, but always fresh.
 
-    Args:
-      name: one of `list_models()`.
-      num_classes: width of the classifier.
-      image_size: height and width in pixels; default: the released model's own.
-      dtype: of the computation. Parameters, norms, softmax and logits stay float32.
-      rngs: where the initial values come from; default `nnx.Rngs(0)`.
-      pretrained: whether to download the released weights and load them. Needs PyTorch for files
-        in its format. A classifier for other than the released number of classes stays fresh.
-      **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
-
-    Returns:
-      A module: `model(images)` gives logits [B, num_classes] for normalised images [B, H, W, 3].
-
-    Raises:
-      InputError: unknown name or override, a size the family cannot be built for, or no released
-        weights to be had.
+    Raises InputError for an unknown name or override, or a size the family cannot be built for.
     """
     model_class, variants, published = _family(name)
     variant = variants[name]
@@ -85,19 +68,13 @@ def create_model(
             )
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
-    model = model_class(
+    return model_class(
         dataclasses.replace(variant, **overrides),
         num_classes=num_classes,
         image_size=published[name].image_size if image_size is None else image_size,
         dtype=dtype,
         rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
     )
-    if pretrained:
-        # Conversion knows the models and not they it: only this convenience looks the other way.
-        from convert.pretrained import load_pretrained
-
-        load_pretrained(name, model)
-    return model
 
 
 class _Keys(nnx.Rngs):
