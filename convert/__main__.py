@@ -15,7 +15,7 @@ import numpy as np
 import convert
 import hybrid_flax
 from convert.l2vit import read_class_map, select_classes
-from convert.state_dict import classifier_width
+from convert.state_dict import model_from_state_dict
 from hybrid_flax import bridge
 from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.errors import InputError, TrainingError
@@ -50,16 +50,7 @@ def _convert(options: argparse.Namespace) -> str:
         state = select_classes(state, read_class_map(options.class_map))
 
     image_size = options.image_size or info.image_size
-    num_classes = 1000
-
-    def build():
-        return hybrid_flax.create_model(
-            options.model, num_classes=num_classes, image_size=image_size
-        )
-
-    num_classes = classifier_width(bridge.abstract(build), state)
-    model = bridge.abstract(build)
-    convert.load_state_dict(model, state)
+    model, num_classes = model_from_state_dict(options.model, state, image_size=image_size)
     weights = bridge.get_weights(model)
     infinite = [
         path for path, leaf in bridge.flatten(weights).items() if not np.isfinite(leaf).all()

@@ -6,7 +6,7 @@ from flax import nnx
 import convert
 import hybrid_flax
 from convert.download import download
-from convert.state_dict import classifier_width
+from convert.state_dict import model_from_state_dict
 from hybrid_flax import bridge
 from hybrid_flax.fitting import fit
 
@@ -23,12 +23,7 @@ def load_pretrained(name: str, model: nnx.Module) -> None:
     info = hybrid_flax.model_info(name)
     file = download(name, info)
     state = convert.load_checkpoint(file, entry=info.weights_entry)
-
-    def release(num_classes=1000):
-        return bridge.abstract(lambda: hybrid_flax.create_model(name, num_classes=num_classes))
-
-    source = release(classifier_width(release(), state))
-    convert.load_state_dict(source, state)
+    source, _ = model_from_state_dict(name, state)
     template = bridge.get_weights(model)
     fitted = fit(bridge.flatten(bridge.get_weights(source)), bridge.flatten(template), str(file))
     fitted = {path: jnp.asarray(array) for path, array in fitted.items()}

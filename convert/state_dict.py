@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import hybrid_flax
 from convert import gcvit, glnet, gramian, l2vit, unified
 from convert.official import Official
 from hybrid_flax import bridge
@@ -113,6 +114,31 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     flat = bridge.flatten(bridge.get_weights(model))
     state = {key: entry.export(flat[entry.path]) for key, entry in _table(model).items()}
     return state | _derived_buffers(model)
+
+
+def model_from_state_dict(
+    name: str, state: Mapping[str, np.ndarray], *, image_size: int | None = None
+) -> tuple[nnx.Module, int]:
+    """A model with as many classes as a state_dict has, filled with it; and their number.
+
+    Args:
+      name: of the model.
+      state: as for `load_state_dict`.
+      image_size: pixels; default: the released model's own.
+
+    Raises:
+      InputError: unknown name, or the state_dict does not fit.
+    """
+
+    def build(num_classes: int) -> nnx.Module:
+        return bridge.abstract(
+            lambda: hybrid_flax.create_model(name, num_classes=num_classes, image_size=image_size)
+        )
+
+    num_classes = classifier_width(build(1000), state)
+    model = build(num_classes)
+    load_state_dict(model, state)
+    return model, num_classes
 
 
 def classifier_width(model: nnx.Module, state: Mapping[str, np.ndarray]) -> int:

@@ -25,7 +25,7 @@ import convert
 import hybrid_flax
 from convert.download import download
 from convert.official import run_official
-from convert.state_dict import classifier_width, layer_names, official_model
+from convert.state_dict import layer_names, model_from_state_dict, official_model
 from hybrid_flax import bridge
 from hybrid_flax.data import eval_crop
 from hybrid_flax.errors import InputError
@@ -70,10 +70,8 @@ def verify(
         report["passed"] = all(each["passed"] for each in report["checks"].values())
         return passed
 
-    classes = classifier_width(bridge.abstract(lambda: hybrid_flax.create_model(name)), state)
-    model = bridge.abstract(lambda: hybrid_flax.create_model(name, num_classes=classes))
     try:
-        convert.load_state_dict(model, state)
+        model, classes = model_from_state_dict(name, state)
     except InputError as error:
         check("conversion", False, str(error))
         return report
