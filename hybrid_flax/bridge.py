@@ -58,11 +58,10 @@ def as_training_function(model: nnx.Module) -> Callable[..., tuple[Any, Weights]
 
     The second is what `weights["batch_stats"]` should be next: {} for a model without batch norms.
     """
-    graph, _ = nnx.split(model)
+    with_weights = _with_weights(model)
 
     def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
-        states = [nnx.restore_int_paths(tree) for tree in weights.values()]
-        module = nnx.merge(graph, *states)
+        module = with_weights(weights)
         output = getattr(module, method)(*args, **kwargs)
         return output, _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 
@@ -75,17 +74,26 @@ def as_recording_function(model: nnx.Module) -> Callable[..., tuple[Any, dict[st
     A path names a module: `stages/0/blocks/1/attn`. The numbers count the calls as they ended.
     Submodules that give no array are left out.
     """
-    graph, _ = nnx.split(model)
+    with_weights = _with_weights(model)
 
     def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
-        states = [nnx.restore_int_paths(tree) for tree in weights.values()]
-        module = nnx.merge(graph, *states)
+        module = with_weights(weights)
         records: dict[str, tuple[int, jax.Array]] = {}
         with _recording(module, records):
             output = getattr(module, method)(*args, **kwargs)
         return output, records
 
     return apply
+
+
+def _with_weights(model: nnx.Module) -> Callable[[Weights], nnx.Module]:
+    """What makes copies of the model with other weights, also under a trace."""
+    graph, _ = nnx.split(model)
+
+    def merge(weights: Weights) -> nnx.Module:
+        return nnx.merge(graph, *(nnx.restore_int_paths(tree) for tree in weights.values()))
+
+    return merge
 
 
 @contextlib.contextmanager
