@@ -200,7 +200,22 @@ def test_files_that_do_not_fit_or_are_not_finite(state, tmp_path, capsys):
     assert "stages.0.0.gamma_1" in said
     torch.save({"model": state | {"head.bias": torch.full((1000,), torch.nan)}}, path)
     assert verify(path) == 1
-    assert "FAIL  outputs     not all finite" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pass  round trip  the same keys, layouts and bits" in said
+    assert "FAIL  outputs     not all finite" in said
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_comes_back_widened(state, tmp_path, capsys, dtype):
+    path = tmp_path / "half.pth"
+    half = {
+        k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()
+    }
+    half["head.bias"][0] = torch.nan
+    torch.save({"model": half}, path)
+    assert verify(path) == 1  # its outputs are not finite
+    said = capsys.readouterr().out
+    assert f"pass  round trip  the same keys, layouts and values, {dtype} as float32\n" in said
 
 
 def test_what_cannot_be_used_is_said(file, tmp_path, capsys):
