@@ -30,21 +30,27 @@ def run_official(
     Args:
       official: which model.
       repository: path of a checkout of the authors' repository.
-      state: the weights, as `convert.load_checkpoint` returns them.
+      state: the weights, as `convert.to_state_dict` returns them.
       images: float32 [B, H, W, 3], normalised.
 
     Returns:
       {module path: float32 array, in PyTorch's layout}, and the model's output under "".
 
     Raises:
-      InputError: the repository is not that one, or its code cannot be imported here.
+      InputError: the repository is not that one, its code cannot be imported here, or its model
+        does not take exactly these weights.
     """
     import torch
 
     model = _build(official, pathlib.Path(repository))
-    model.load_state_dict(
-        {key: torch.from_numpy(np.array(value)) for key, value in state.items()}, strict=False
-    )
+    try:
+        model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in state.items()})
+    except RuntimeError as error:  # PyTorch lists every missing, unexpected and mis-shaped key
+        raise InputError(
+            f"{official.factory} of {repository} does not take these weights. It is made as for "
+            "the released file: give that file, or leave --reference out to check this one "
+            f"without the official model. {error}"
+        ) from error
     outputs: dict[str, np.ndarray] = {}
 
     def keep(name):

@@ -172,6 +172,36 @@ def test_the_first_layer_that_differs_is_named(file, repository, tmp_path, capsy
     assert "FAIL  logits" in said
 
 
+def test_weights_that_the_official_model_does_not_take(state, repository, tmp_path, capsys):
+    path = tmp_path / "five_classes.pth"
+    cut = {key: state[key][:5].clone() for key in ("head.weight", "head.bias")}
+    torch.save({"model": state | cut}, path)
+    assert verify(path, f"--reference={repository}") == 2
+    said = capsys.readouterr().err
+    assert f"unified_convnext_micro of {repository} does not take these weights" in said
+    assert "give that file, or leave --reference out" in said
+    assert "size mismatch for head.bias" in said
+
+
+def test_official_weights_of_other_names(file, repository, tmp_path, capsys):
+    other = tmp_path / "official"
+    shutil.copytree(repository, other)
+    code = other / "classification" / "models" / "model_factory" / "convnext_factory.py"
+    code.write_text(OFFICIAL.replace("self.gamma_1", "self.ls1"))
+    assert verify(file, f"--reference={other}") == 2
+    said = capsys.readouterr().err
+    assert 'Missing key(s) in state_dict: "stages.0.0.ls1"' in said
+    assert 'Unexpected key(s) in state_dict: "stages.0.0.gamma_1"' in said
+
+
+def test_half_precision_beside_the_official_code(state, repository, tmp_path, capsys):
+    path = tmp_path / "half.pth"
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+    torch.save({"model": half}, path)
+    assert verify(path, f"--reference={repository}") == 0
+    assert "pass  logits" in capsys.readouterr().out
+
+
 def test_without_the_official_code(file, capsys):
     assert verify(file) == 0
     said = capsys.readouterr().out
