@@ -1,9 +1,11 @@
 """Fetches released checkpoints from where their authors publish them."""
 
 import hashlib
+import http.client
 import os
 import pathlib
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 
@@ -14,6 +16,13 @@ from hybrid_flax.models.info import ModelInfo
 
 _TIMEOUT = 60  # seconds without a byte
 _CHUNK = 1 << 20
+_NETWORK_ERRORS = (  # most are kinds of OSError, which is also what the disk raises
+    urllib.error.URLError,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+    http.client.HTTPException,
+)
 
 
 def cache_folder() -> pathlib.Path:
@@ -34,32 +43,40 @@ def download(name: str, info: ModelInfo, folder: pathlib.Path | None = None) -> 
 
     Raises:
       InputError: no weights were released or no direct link to them is published; the server
-        refuses or breaks off; the file does not have the published checksum.
+        refuses, breaks off or does not speak HTTP; the folder cannot be written to; the file does
+        not have the published checksum.
     """
     if not info.release_file:
         raise InputError(f"no weights of {name} were released; see {info.release_page}")
     folder = cache_folder() if folder is None else folder
     target = folder / info.release_file
-    if target.exists():
-        return target
     by_hand = (
         f"get {info.release_file} from {info.release_page} by hand and save it as {target}, or "
         "give its path"
     )
-    if not info.download_url:
-        raise InputError(f"the authors publish no direct link to the weights of {name}: {by_hand}")
-    folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     try:
+        if target.exists():
+            return target
+        if not info.download_url:
+            raise InputError(
+                f"the authors publish no direct link to the weights of {name}: {by_hand}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         _fetch(info.download_url, partial)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        if info.sha256:
+            _check(partial, info)
+        partial.rename(target)
+    except _NETWORK_ERRORS as error:
         raise InputError(
             f"{info.download_url} cannot be downloaded ({error}); run this again to continue, or "
             f"{by_hand}"
         ) from error
-    if info.sha256:
-        _check(partial, info)
-    partial.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot hold {info.release_file} ({error}); set HYBRID_FLAX_CACHE to a "
+            "folder that you can write to"
+        ) from error
     return target
 
 

@@ -21,6 +21,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = 0
         if self.path.startswith("/refused"):
             return self.send_error(403)
+        if self.path.startswith("/garbage"):
+            return self.wfile.write(b"220 this is not HTTP\r\n")
         if self.headers.get("Range") and not self.path.startswith("/no-ranges"):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         if start >= len(CONTENT):
@@ -104,6 +106,21 @@ def test_a_refusal_says_how_to_go_on_by_hand(server, tmp_path):
         fetch(server, tmp_path, "refused")
     assert "get weights.pth from https://huggingface.co/nvidia/GCViT by hand" in str(error.value)
     assert str(tmp_path / "cache" / "weights.pth") in str(error.value)
+
+
+def test_a_server_of_something_else(server, tmp_path):
+    with pytest.raises(ValueError, match="/garbage/weights.pth cannot be downloaded .*220 this is"):
+        fetch(server, tmp_path, "garbage")
+
+
+def test_a_folder_that_cannot_be_written_to(server, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match="cache cannot hold weights.pth .*set HYBRID_FLAX_CACHE"):
+        fetch(server, tmp_path, "good")
+    (tmp_path / "cache").unlink()
+    (tmp_path / "cache" / "weights.pth.part").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cache cannot hold weights.pth .*Is a directory"):
+        fetch(server, tmp_path, "good")
 
 
 def test_models_without_a_link_or_without_weights(server, tmp_path):
