@@ -34,7 +34,7 @@ def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int
     Raises:
       InputError: a line is not a whole number, or there are not `num_classes` of them.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:  # a binary file: refused below
         lines = file.read().split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -65,7 +65,8 @@ def select_classes(state: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict
     missing = {"head.weight", "head.bias"} - set(state)
     if missing:
         raise InputError(
-            f"this state_dict has no {' and no '.join(sorted(missing))} to select from"
+            f"this state_dict has no {' and no '.join(sorted(missing))} to select from: a class "
+            "map is for a file with L2ViT's classifier. Give such a file, or leave the map out"
         )
     if not len(rows):
         raise InputError("no class indices were given: a classifier needs at least one class")

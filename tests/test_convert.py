@@ -292,3 +292,24 @@ def test_command_line_errors_name_the_cause(tmp_path, xxt_file, capsys):
     assert convert_main(["gcvit_xxt", "nowhere.pth", out]) == 2
     assert "nowhere.pth" in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_command_line_selects_classes(tmp_path, capsys):
+    state = convert.to_state_dict(reference.model("l2vit_t", num_classes=1500))
+    torch.save({"model": tensors(state)}, tmp_path / "22k.pth")
+    rows = list(range(1499, 499, -1))
+    (tmp_path / "map.txt").write_text("\n".join(map(str, rows)))
+    options = [f"--out={tmp_path}/out", f"--class_map={tmp_path}/map.txt"]
+    assert convert_main(["l2vit_t", f"{tmp_path}/22k.pth", *options]) == 0
+    assert "1000 classes, 224 pixels" in capsys.readouterr().out
+    weights = load_weights(str(tmp_path / "out"))
+    assert weights.meta["num_classes"] == 1000
+    np.testing.assert_array_equal(weights.trained["params/head/bias"], state["head.bias"][rows])
+
+    headless = {key: array for key, array in state.items() if not key.startswith("head.")}
+    torch.save({"model": tensors(headless)}, tmp_path / "trunk.pth")
+    options[0] = f"--out={tmp_path}/trunk"
+    assert convert_main(["l2vit_t", f"{tmp_path}/trunk.pth", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: this state_dict has no head.bias and no head.weight to select")
+    assert not os.path.exists(tmp_path / "trunk")

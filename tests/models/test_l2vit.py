@@ -272,6 +272,9 @@ def test_wrong_class_maps_are_refused_by_name(tmp_path):
     file.write_text("4\nn02119789\n")
     with pytest.raises(ValueError, match="map.txt, line 2: 'n02119789' is not a class index"):
         read_class_map(file)
+    file.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match="map.txt, line 1: .* is not a class index"):
+        read_class_map(file)
     state = {"head.weight": np.zeros((5, 2)), "head.bias": np.zeros(5)}
     with pytest.raises(ValueError, match="index 5 is out of range: .* 5 classes, 0 to 4"):
         select_classes(state, [0, 5])
