@@ -364,6 +364,13 @@ class GLNet(nnx.Module):
         self.convolutional = variant.convolutional
         self.token_labelling = variant.token_labelling
         _check_size(image_size, image_size, self.convolutional)
+        if len(variant.blocks) != 4 or not all(
+            kinds and set(kinds) <= {"G", "A"} for kinds in variant.blocks
+        ):
+            raise InputError(
+                f"blocks={variant.blocks!r}: expected for each of the four stages a text of the "
+                'letters G (GLMix) and A (attention), such as "GA"'
+            )
         self.image_size = image_size
         self.dtype = dtype
         dims = [variant.dim * 2**i for i in range(4)]

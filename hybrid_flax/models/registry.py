@@ -68,6 +68,12 @@ def create_model(
             )
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
+    if "depths" in overrides:
+        depths, stages = overrides["depths"], len(variant.depths)
+        if len(depths) != stages or min(depths) < 1:
+            raise InputError(
+                f"depths={depths}: {name} has {stages} stages, each of at least one block"
+            )
     return model_class(
         dataclasses.replace(variant, **overrides),
         num_classes=num_classes,

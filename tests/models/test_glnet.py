@@ -181,6 +181,12 @@ def test_training_drops_paths_by_key_and_moves_statistics(tiny, run):
     assert all(np.any(after[path] != before[path]) for path in before)
 
 
+@pytest.mark.parametrize("blocks", [("G", "G", "GX", "A"), ("G", "", "GA", "A")])
+def test_unknown_blocks_are_refused(blocks):
+    with pytest.raises(ValueError, match=r"blocks=\('G', .* letters G \(GLMix\) and A"):
+        hybrid_flax.create_model("glnet_4g", blocks=blocks)
+
+
 def test_drop_path_rates_rise_linearly_over_all_blocks(tiny):
     rates = [block.drop_path_rate for stage in tiny.stages for block in stage.blocks]
     np.testing.assert_allclose(rates, np.linspace(0, 0.5, 5))
@@ -188,7 +194,7 @@ def test_drop_path_rates_rise_linearly_over_all_blocks(tiny):
 
 def test_token_labelled_training_gives_every_token_back_to_its_image():
     """A box as large as the map swaps the images altogether, and back after the classifier."""
-    model = reference.model("glnet_4g_tklb", **TINY | {"drop_path": 0.0, "depths": (0, 0, 1, 0)})
+    model = reference.model("glnet_4g_tklb", **TINY | {"drop_path": 0.0, "depths": (1, 1, 1, 1)})
     outputs = []
     for box in ((0, 0, 0, 0), (0, 2, 0, 2), (0, 1, 0, 2)):
         with mock.patch.object(glnet, "mix_token_box", return_value=box):
@@ -303,7 +309,7 @@ def test_learned_slots_are_the_same_for_every_image(stl):
 def test_initial_values():
     def init():
         rngs = nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))  # which compiles fastest
-        small = TINY | {"depths": (1, 0, 0, 1), "num_classes": 100, "layer_scale": 1e-4}
+        small = TINY | {"depths": (1, 1, 1, 1), "num_classes": 100, "layer_scale": 1e-4}
         model = hybrid_flax.create_model("glnet_4g_tklb", **small, rngs=rngs)
         return bridge.get_weights(model)
 

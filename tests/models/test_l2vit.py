@@ -235,7 +235,7 @@ def test_the_detection_trunk_normalises_every_stage_and_has_no_classifier(tiny):
 def test_initial_values():
     def init():
         rngs = nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))  # which compiles fastest
-        first = TINY | {"depths": (2, 0, 0, 0)}
+        first = TINY | {"depths": (2, 1, 1, 1)}
         return bridge.get_weights(hybrid_flax.create_model("l2vit_t", **first, rngs=rngs))
 
     flat = {path: np.asarray(leaf) for path, leaf in bridge.flatten(jax.jit(init)()).items()}

@@ -71,6 +71,11 @@ def test_unknown_names_are_refused_with_a_suggestion():
         hybrid_flax.create_model("gcvit_b", depth=3)
     with pytest.raises(ValueError, match="num_classes=0: a classifier needs"):
         hybrid_flax.create_model("gcvit_b", num_classes=0)
+    for depths in ((1, 0, 1, 1), (1, 1, 1), ()):
+        with pytest.raises(
+            ValueError, match=r"depths=\(.*: l2vit_t has 4 stages, each of at least"
+        ):
+            hybrid_flax.create_model("l2vit_t", depths=depths)
 
 
 def test_bridge_gives_plain_dictionaries_and_takes_them_back():
