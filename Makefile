@@ -1,5 +1,5 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, 10 minutes
+# make test         what CI runs, 14 minutes on two cores with the installation
 # make parity       all models against the official ones, most of an hour
 
 PYTHON ?= python3
