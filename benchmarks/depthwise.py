@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_flax.layers import convolutions
-from hybrid_flax.workdir import versions
+from hybrid_flax.versions import versions
 
 # (batch, side, channels, kernel): the stages of GC ViT and GLNet, CSWin's and the 7×7 of ConvNeXt.
 SHAPES = (

@@ -10,19 +10,17 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
 import platform
-import subprocess
 import tempfile
 from typing import Any, TextIO
 
-import jax
 import ml_collections
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.versions import versions
 
 # Settings that do not change what is learned: a resumed run may have others.
 _FREE = (
@@ -34,7 +32,6 @@ _FREE = (
     "eval.every_epochs",
     "log_every_steps",
 )
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
 class Workdir:
@@ -157,17 +154,6 @@ class Workdir:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Of Python, the packages that matter, the devices, and the commit of this code."""
-    packages = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {
-        "python": platform.python_version(),
-        **packages,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "commit": _commit(),
-    }
-
-
 def to_plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The config as JSON knows it: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
@@ -179,17 +165,3 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _commit() -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        result = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return result.stdout.strip() or "unknown"

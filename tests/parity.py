@@ -29,7 +29,7 @@ import hybrid_flax
 from hybrid_flax import bridge
 from hybrid_flax.flops import count_multiply_adds
 from hybrid_flax.training.losses import cross_entropy, gramian, token_labelling
-from hybrid_flax.workdir import versions
+from hybrid_flax.versions import versions
 from tests import reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

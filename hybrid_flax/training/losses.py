@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.training import Config
 
 
 def smoothed_one_hot(
@@ -68,7 +68,14 @@ def token_labelling(
     return cross_entropy(outputs["logits"], targets).mean() + dense_weight * dense
 
 
-def make_loss(config: ml_collections.ConfigDict) -> Callable[[Any, Array], Array]:
+def loss_for(outputs) -> str:
+    """The name of the loss that a model's training output is made for; arrays or their shapes."""
+    if isinstance(outputs, Mapping):
+        return "token_labelling"
+    return {2: "softmax", 3: "gramian"}[outputs.ndim]
+
+
+def make_loss(config: Config) -> Callable[[Any, Array], Array]:
     """The config's loss as `loss(outputs, targets) → scalar`.
 
     `outputs` is what the model returns in training, `targets` [B, classes]. `config.name` is
@@ -82,8 +89,7 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable[[Any, Array], Array
     """
 
     def loss(outputs, targets):
-        has_tokens = isinstance(outputs, Mapping)
-        kind = "token_labelling" if has_tokens else {2: "softmax", 3: "gramian"}[outputs.ndim]
+        kind = loss_for(outputs)
         if kind != config.name:
             raise InputError(
                 f"--config.loss.name={config.name!r} does not fit this model, whose training "

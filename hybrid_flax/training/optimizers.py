@@ -5,18 +5,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
+from hybrid_flax.training import Config
 
 Schedule = Callable[[jax.Array], jax.Array]  # optimizer step, from 0 → learning rate
 
 
-def cosine_schedule(
-    config: ml_collections.ConfigDict, peak: float, steps_per_epoch: int
-) -> Schedule:
+def cosine_schedule(config: Config, peak: float, steps_per_epoch: int) -> Schedule:
     """Linear warm-up, then half a cosine, then the minimum.
 
     Args:
@@ -53,9 +51,7 @@ def cosine_schedule(
     return schedule
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: Schedule
-) -> optax.GradientTransformation:
+def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransformation:
     """Global-norm clip, then AdamW or LAMB with decoupled decay of some parameters.
 
     `config.name` is "adamw" or "lamb" (arXiv:1904.00962). LAMB's layer-wise ratio applies to the
@@ -77,7 +73,7 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
-def decayed(params, config: ml_collections.ConfigDict):
+def decayed(params, config: Config):
     """Tree of booleans: which parameters weight decay applies to.
 
     Those of rank 2 or more: biases, norms and layer scales have rank 1. The regular expressions in
@@ -89,7 +85,7 @@ def decayed(params, config: ml_collections.ConfigDict):
     """
     flat = bridge.flatten(params)
     for name in ("decay_also", "decay_never"):
-        for pattern in config[name]:
+        for pattern in getattr(config, name):
             if not any(re.search(pattern, path) for path in flat):
                 raise InputError(
                     f"--config.optimizer.{name}: {pattern!r} matches no parameter of this model; "
