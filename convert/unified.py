@@ -8,7 +8,7 @@ import numpy as np
 from convert.official import Official
 from hybrid_flax.layers import relative_position_index
 from hybrid_flax.models.unified import VARIANTS, Unified
-from hybrid_flax.models.unified.swin import shift_mask
+from pallas.window_attention.reference import shift_mask
 
 MODELS = (Unified,)
 
@@ -78,7 +78,8 @@ def derived_buffers(model: Unified) -> dict[str, np.ndarray]:
                 index = relative_position_index(window)
                 buffers[f"stages.{i}.{j}.attn.relative_position_index"] = index
                 if shift and not model.variant.detection:
-                    buffers[f"stages.{i}.{j}.attn_mask"] = shift_mask(side, side, window, shift)
+                    mask = shift_mask(side, side, (window, window), (shift, shift))
+                    buffers[f"stages.{i}.{j}.attn_mask"] = mask
     return buffers
 
 

@@ -14,6 +14,7 @@ from hybrid_flax.data.augment import RandAugment
 from hybrid_flax.data.images import FILTERS
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
+from pallas.window_attention import IMPLEMENTATIONS
 
 
 def _above(low):
@@ -49,6 +50,7 @@ _CHECKS = {
     "log_every_steps": _above(0),
     "model.name": _one_of(*hybrid_flax.list_models()),
     "model.dtype": _one_of("bfloat16", "float32"),
+    "model.attention": _one_of(*IMPLEMENTATIONS),
     "model.drop_path": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "model.num_classes": _above(-1),
     "dataset.num_workers": _above(-1),
@@ -111,11 +113,12 @@ def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
 def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a resolved config."""
     model = config.model
+    attention = {} if model.attention == "auto" else {"attention": model.attention}
     return hybrid_flax.create_model(
         model.name,
         num_classes=model.num_classes,
         image_size=model.image_size,
         dtype=jnp.dtype(model.dtype),
         rngs=rngs,
-        **{"drop_path": model.drop_path, **model.overrides},
+        **{"drop_path": model.drop_path, **attention, **model.overrides},
     )

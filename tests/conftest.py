@@ -16,7 +16,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two processes end at about the same time."""
-    longest = ("test_train", "test_parity", "test_trajectory", "test_families", "test_unified")
+    longest = (
+        "test_train",
+        "test_parity",
+        "test_trajectory",
+        "test_model_shapes",
+        "test_families",
+        "test_attention_paths",
+        "test_unified",
+    )
     items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 import hybrid_flax
 from hybrid_flax import bridge
 from hybrid_flax.config import build_model, check
+from hybrid_flax.errors import InputError
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.workdir import to_plain
 
@@ -49,6 +50,18 @@ def test_every_number_of_the_recipe(name):
     golden = json.loads(GOLDEN.read_text())
     want = golden["all"] | golden["different"][name]
     assert flat(name) == want, "if this is meant: python -m tests.test_configs"
+
+
+def test_attention_is_chosen_where_there_are_windows():
+    config = get_config("gcvit_xxt")
+    config.model.num_classes = 10
+    config.model.attention = "pallas"
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    assert model.stages[0].blocks[1].attn.attention == "pallas"
+    config = get_config("glnet_4g")
+    config.model.attention = "pallas"
+    with pytest.raises(InputError, match="glnet_4g has no field 'attention' to override"):
+        build_model(config, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "quickstart"])

@@ -5,6 +5,7 @@ from flax import nnx
 
 from hybrid_flax import layers
 from hybrid_flax.flops import count_multiply_adds
+from pallas.window_attention import window_attention
 from tests.parity import multiply_adds
 
 X = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
@@ -30,6 +31,16 @@ def test_loops_count_every_turn():
             lambda x: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, x),
             jnp.ones((3, 3)),
         )
+
+
+@pytest.mark.parametrize("implementation", ["auto", "pallas"])
+def test_kernels_count_as_what_they_replace(implementation):
+    qkv = jax.ShapeDtypeStruct((2, 14, 14, 3, 4, 32), jnp.float32)
+
+    def attend(qkv):
+        return window_attention(qkv, window=7, implementation=implementation)
+
+    assert count_multiply_adds(attend, qkv) == 2 * (2 * 14 * 14) * 49 * (4 * 32)
 
 
 # What hooks on the official models count (multiply-adds of convolutions and products, in 10⁹).

@@ -14,23 +14,6 @@ def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_windows_are_cut_row_major_and_put_back():
-    x = jnp.arange(2 * 4 * 6 * 1).reshape(2, 4, 6, 1)
-    windows = layers.partition_windows(x, 2)
-    assert windows.shape == (2, 6, 4, 1)
-    assert windows[0, 0, :, 0].tolist() == [0, 1, 6, 7]
-    assert windows[0, 1, :, 0].tolist() == [2, 3, 8, 9]  # the next window is to the right
-    assert (layers.merge_windows(windows, 4, 6) == x).all()
-
-
-def test_windows_may_be_rectangles():
-    x = jnp.arange(2 * 4 * 6 * 1).reshape(2, 4, 6, 1)
-    windows = layers.partition_windows(x, (2, 3))
-    assert windows.shape == (2, 4, 6, 1)
-    assert windows[0, 1, :, 0].tolist() == [3, 4, 5, 9, 10, 11]
-    assert (layers.merge_windows(windows, 4, 6, (2, 3)) == x).all()
-
-
 def test_relative_position_index():
     index = layers.relative_position_index(7)
     assert index.shape == (49, 49)

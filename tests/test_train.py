@@ -191,6 +191,10 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
             {"model__dtype": "float16"},
             "model.dtype='float16': expected one of 'bfloat16', 'float32'",
         ),
+        (
+            {"model__attention": "triton"},
+            "model.attention='triton': expected one of 'auto', 'pallas', 'xla'",
+        ),
         ({"optimizer__name": "sgd"}, "optimizer.name='sgd': expected one of 'adamw', 'lamb'"),
         ({"optimizer__decay_also": ("(",)}, "decay_also=('(',): expected regular expressions"),
         ({"loss__name": "mse"}, "loss.name='mse': expected one of 'softmax'"),

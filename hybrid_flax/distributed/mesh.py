@@ -1,5 +1,6 @@
 """The device mesh and where arrays live on it."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +21,20 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = (len(devices), 1, 1)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def on_mesh(mesh: Mesh):
+    """Decorates what is traced under `jit`, so that kernels inside see the mesh they run on."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def traced(*arguments):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*arguments)
+
+        return traced
+
+    return decorate
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

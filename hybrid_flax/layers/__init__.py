@@ -1,6 +1,5 @@
 """Building blocks that two or more of the papers share. Feature maps are NHWC."""
 
-from hybrid_flax.layers.attention import attention
 from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, pytorch_init
 from hybrid_flax.layers.deformable import deformable_sampling
 from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
@@ -9,11 +8,13 @@ from hybrid_flax.layers.linear import Mlp, linear, normal_init
 from hybrid_flax.layers.norms import BatchNorm, layer_norm
 from hybrid_flax.layers.pooling import adaptive_average_pool
 from hybrid_flax.layers.positions import (
+    relative_position_bias,
     relative_position_index,
     resize_position_map,
     resize_relative_position_bias,
 )
-from hybrid_flax.layers.windows import merge_windows, pad_to_multiple, partition_windows
+from hybrid_flax.layers.windows import pad_to_multiple
+from pallas.window_attention import attention, halo_attention, window_attention
 
 __all__ = [
     "BatchNorm",
@@ -27,16 +28,17 @@ __all__ = [
     "deformable_sampling",
     "drop_path",
     "drop_path_rates",
+    "halo_attention",
     "layer_norm",
     "linear",
-    "merge_windows",
     "normal_init",
     "pad_to_multiple",
-    "partition_windows",
     "pytorch_init",
+    "relative_position_bias",
     "relative_position_index",
     "resize_position_map",
     "resize_relative_position_bias",
     "split_key",
     "training_key",
+    "window_attention",
 ]

@@ -18,6 +18,16 @@ def relative_position_index(window: int) -> np.ndarray:
     return row_offset * (2 * window - 1) + column_offset
 
 
+def relative_position_bias(
+    table: Float[Array, "positions heads"], window: int
+) -> Float[Array, "heads N N"]:
+    """What is added to the scores of the tokens of a w×w window; [(2w - 1)², heads] → [h, w², w²].
+
+    See `relative_position_index`.
+    """
+    return table[relative_position_index(window)].transpose(2, 0, 1)
+
+
 def resize_relative_position_bias(
     table: Float[Array, "positions heads"], window: int
 ) -> Float[Array, "new_positions heads"]:

@@ -21,19 +21,17 @@ from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
     PointwiseConv,
-    attention,
     check_images,
     conv,
     drop_path,
     drop_path_rates,
     layer_norm,
     linear,
-    merge_windows,
     normal_init,
-    partition_windows,
-    relative_position_index,
+    relative_position_bias,
     split_key,
     training_key,
+    window_attention,
 )
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
@@ -49,6 +47,7 @@ class Variant:
     mlp_ratio: int
     layer_scale: float | None  # initial γ
     drop_path: float  # rate of the last block; the first has 0, linear between
+    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class SqueezeExcite(nnx.Module):
@@ -129,10 +128,20 @@ class WindowAttention(nnx.Module):
     the same for all windows of an image, and `qkv` (the release's name) makes only key and value.
     """
 
-    def __init__(self, dim: int, window: int, *, is_global: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        window: int,
+        *,
+        is_global: bool,
+        attention: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.heads = dim // HEAD_DIM
         self.window = window
         self.is_global = is_global
+        self.attention = attention
         self.qkv = linear(dim, dim * (2 if is_global else 3), dtype=dtype, rngs=rngs)
         self.position_bias = nnx.Param(
             normal_init(rngs.params(), ((2 * window - 1) ** 2, self.heads), jnp.float32)
@@ -142,21 +151,15 @@ class WindowAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], query_map: Float[Array, "B w w C"]
     ) -> Float[Array, "B H W C"]:
-        batch, height, width, dim = x.shape
-        split_heads = (self.heads, dim // self.heads)
-        qkv = partition_windows(self.qkv(x), self.window)
-        qkv = qkv.reshape(*qkv.shape[:3], -1, *split_heads)  # [B, windows, N, parts, h, d]
-        if self.is_global:
-            query = query_map.reshape(batch, 1, -1, *split_heads)
-            query = jnp.broadcast_to(query, qkv.shape[:3] + split_heads)
-            key, value = qkv[..., 0, :, :], qkv[..., 1, :, :]
-        else:
-            query, key, value = (qkv[..., part, :, :] for part in range(3))
-
-        bias = self.position_bias[...][relative_position_index(self.window)]  # [N, N, h]
-        out = attention(query, key, value, bias.transpose(2, 0, 1))
-        out = merge_windows(out.reshape(*out.shape[:3], dim), height, width)
-        return self.proj(out)
+        split_heads = (self.heads, HEAD_DIM)
+        out = window_attention(
+            self.qkv(x).reshape(*x.shape[:3], -1, *split_heads),
+            relative_position_bias(self.position_bias[...], self.window),
+            window=self.window,
+            query=query_map.reshape(*query_map.shape[:3], *split_heads) if self.is_global else None,
+            implementation=self.attention,
+        )
+        return self.proj(out.reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -174,11 +177,14 @@ class Block(nnx.Module):
         mlp_ratio: int,
         layer_scale: float | None,
         drop_path_rate: float,
+        attention: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.attn = WindowAttention(dim, window, is_global=is_global, dtype=dtype, rngs=rngs)
+        self.attn = WindowAttention(
+            dim, window, is_global=is_global, attention=attention, dtype=dtype, rngs=rngs
+        )
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
         self.has_layer_scale = layer_scale is not None
@@ -230,6 +236,7 @@ class Stage(nnx.Module):
                     mlp_ratio=variant.mlp_ratio,
                     layer_scale=variant.layer_scale,
                     drop_path_rate=rate,
+                    attention=variant.attention,
                     dtype=dtype,
                     rngs=rngs,
                 )

@@ -25,19 +25,17 @@ from hybrid_flax.layers import (
     BatchNorm,
     DepthwiseConv,
     Mlp,
-    attention,
     check_images,
     conv,
     drop_path,
     drop_path_rates,
     layer_norm,
     linear,
-    merge_windows,
     normal_init,
     pad_to_multiple,
-    partition_windows,
     split_key,
     training_key,
+    window_attention,
 )
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
@@ -56,6 +54,7 @@ class Variant:
     window: int
     drop_path: float  # rate of the last block; the first has 0, linear between
     detection: bool = False  # the trunk for dense prediction: see `L2ViT`
+    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 def depthwise(dim: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DepthwiseConv:
@@ -116,21 +115,19 @@ class WindowAttention(nnx.Module):
     padding is not masked: its keys and values, which are the biases of `qkv`, take part.
     """
 
-    def __init__(self, dim: int, window: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, dim: int, window: int, attention: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
         self.window = window
+        self.attention = attention
         self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        _, height, width, _ = x.shape
+        _, height, width, dim = x.shape
         qkv = self.qkv(pad_to_multiple(x, self.window))
-        padded_height, padded_width = qkv.shape[1:3]
-        qkv = partition_windows(qkv, self.window)
         qkv = qkv.reshape(*qkv.shape[:3], 3, self.heads, HEAD_DIM)
-        out = attention(*(qkv[..., part, :, :] for part in range(3)))
-        out = merge_windows(out.reshape(*out.shape[:3], -1), padded_height, padded_width)
-        return self.proj(out[:, :height, :width])
+        out = window_attention(qkv, window=self.window, implementation=self.attention)
+        return self.proj(out.reshape(*out.shape[:3], dim)[:, :height, :width])
 
 
 def linear_attention(
@@ -185,11 +182,18 @@ class WindowBlock(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, window: int, drop_path_rate: float, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        dim: int,
+        window: int,
+        drop_path_rate: float,
+        attention: str,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.position1 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.attn = WindowAttention(dim, window, dtype=dtype, rngs=rngs)
+        self.attn = WindowAttention(dim, window, attention, dtype=dtype, rngs=rngs)
         self.position2 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, MLP_RATIO * dim, dtype=dtype, rngs=rngs)
@@ -237,6 +241,7 @@ class Stage(nnx.Module):
         dim: int,
         window: int,
         drop_path_rates: list[float],
+        attention: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -246,7 +251,7 @@ class Stage(nnx.Module):
             [
                 LinearBlock(dim, rate, dtype=dtype, rngs=rngs)
                 if index % 2
-                else WindowBlock(dim, window, rate, dtype=dtype, rngs=rngs)
+                else WindowBlock(dim, window, rate, attention, dtype=dtype, rngs=rngs)
                 for index, rate in enumerate(drop_path_rates)
             ]
         )
@@ -290,7 +295,12 @@ class L2ViT(nnx.Module):
         embeds = [Stem(dims[0], dtype=dtype, rngs=rngs)]
         embeds += [Down(dims[i], dims[i + 1], dtype=dtype, rngs=rngs) for i in range(3)]
         self.stages = nnx.List(
-            [Stage(embeds[i], dims[i], window, rates[i], dtype=dtype, rngs=rngs) for i in range(4)]
+            [
+                Stage(
+                    embeds[i], dims[i], window, rates[i], variant.attention, dtype=dtype, rngs=rngs
+                )
+                for i in range(4)
+            ]
         )
         if variant.detection:
             self.norms = nnx.List([layer_norm(dim, dtype=dtype, rngs=rngs) for dim in dims])

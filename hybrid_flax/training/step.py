@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from hybrid_flax.distributed.mesh import batch_sharded, replicated
+from hybrid_flax.distributed.mesh import batch_sharded, on_mesh, replicated
+from hybrid_flax.training import Config
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
 from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
 from hybrid_flax.training.optimizers import Schedule
@@ -45,7 +45,7 @@ def make_train_step(
     apply: Callable[..., tuple[Any, Any]],
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    config: ml_collections.ConfigDict,
+    config: Config,
     mesh: Mesh,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
@@ -64,6 +64,7 @@ def make_train_step(
         outputs, batch_stats = apply(weights, images, train=True, key=key)
         return loss_of_outputs(outputs, targets), batch_stats
 
+    @on_mesh(mesh)
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         mix_key, erase_key, model_key = jax.random.split(key, 3)
@@ -149,7 +150,7 @@ def _accumulated(value_and_grad, params, batch_stats, images, targets, key, coun
 
 
 def make_eval_step(
-    apply: Callable[..., jax.Array], config: ml_collections.ConfigDict, mesh: Mesh
+    apply: Callable[..., jax.Array], config: Config, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
     """Compiles `step(weights, batch) → sums`.
 
@@ -158,6 +159,7 @@ def make_eval_step(
     counted images are `top1`, `top5`, `loss` and `images`.
     """
 
+    @on_mesh(mesh)
     def eval_step(weights, batch):
         images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
         logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]

@@ -251,7 +251,7 @@ def test_squeeze_excite_is_rounded_to_eights(dim, width):
 
 
 def test_stripes_are_vertical_in_the_first_half_and_horizontal_in_the_second():
-    block = cswin.Block(64, 2, 0.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block = cswin.Block(64, 2, 0.0, "auto", dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 6, 64)), jnp.float32)
     attend = jax.jit(block.attend)
     before, after = attend(x), attend(x.at[0, 1, 2, :32].add(1.0))

@@ -128,7 +128,7 @@ def test_drop_path_rates_rise_linearly_over_all_blocks(tiny):
 
 
 def test_drop_path_spares_the_position_convolutions():
-    block = l2vit.WindowBlock(32, 7, 1 - 1e-7, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block = l2vit.WindowBlock(32, 7, 1 - 1e-7, "auto", dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(0, (1, 7, 7, 32))
     run = jax.jit(bridge.as_function(block), static_argnames="train")
     got = run(bridge.get_weights(block), x, train=True, key=jax.random.key(0))
@@ -182,7 +182,7 @@ def test_linear_attention_sums_in_float32():
 
 
 def test_padding_takes_part_in_window_attention():
-    attn = l2vit.WindowAttention(32, 7, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    attn = l2vit.WindowAttention(32, 7, "auto", dtype=jnp.float32, rngs=nnx.Rngs(0))
     attn.qkv.bias[...] = normal(0, (96,))
     x = normal(1, (1, 5, 6, 32))
     padded = layers.pad_to_multiple(x, 7)

@@ -12,10 +12,8 @@ import hybrid_flax
 from hybrid_flax import bridge
 from hybrid_flax.layers import resize_position_map
 from hybrid_flax.models import unified
-from hybrid_flax.models.unified.halo import halo_attention
 from hybrid_flax.models.unified.mixer import Mixer, Place
 from hybrid_flax.models.unified.model import Block, Stem
-from hybrid_flax.models.unified.swin import shift_mask, shifted_window_attention
 from tests import reference
 from tests.parity import GOLDEN, golden_state
 
@@ -48,50 +46,7 @@ def shapes(*arguments):
 
 # ----------------------------------------------------------- against the official code, in parts
 
-CASES = json.loads((GOLDEN / "ops" / "ops.json").read_text())["cases"]
 MODULES = json.loads((GOLDEN / "stm_modules" / "modules.json").read_text())
-
-
-def halo(query, key, value, row_table, column_table, args):
-    sizes = {"block": args["block"], "halo": args["halo"]}
-    return halo_attention(query, key, value, row_table, column_table, **sizes)
-
-
-def swin(query, key, value, bias_table, args):
-    sizes = {"window": args["window"], "shift": args["shift"]}
-    return shifted_window_attention(query, key, value, bias_table, **sizes)
-
-
-ATTENTIONS = {
-    "halo_attention": (halo, ("q", "k", "v", "height_rel", "width_rel")),
-    "swin_attention": (swin, ("q", "k", "v", "bias_table")),
-}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if case["op"] in ATTENTIONS],
-    ids=lambda case: case["file"].removesuffix(".npz"),
-)
-def test_attention_agrees_with_the_official_code(case):
-    attend, names = ATTENTIONS[case["op"]]
-    golden = np.load(GOLDEN / "ops" / case["file"])
-
-    @jax.jit
-    def run(cotangent, *inputs):
-        out, gradients = jax.vjp(functools.partial(attend, args=case["args"]), *inputs)
-        return out, *gradients(cotangent.reshape(out.shape))
-
-    outputs = run(golden["cotangent"], *(golden[name] for name in names))
-    wanted = ("out", *(f"grad_{name}" for name in names))
-    for got, name in zip(outputs, wanted, strict=True):
-        want = golden[name]
-        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
-    if case["op"] == "halo_attention":  # rows that no pair of query and key can reach
-        unread = 2 * case["args"]["halo"]
-        assert not np.any(outputs[4][:unread])
-        assert np.all(np.any(outputs[4][unread:], axis=1))
-
 
 PARTS = {
     **{f"block_{mixer}": (mixer, "stages.1.0.") for mixer in unified.MIXERS},
@@ -385,14 +340,6 @@ def test_initial_values():
 
 
 # ------------------------------------------------------------------------------------ the mixers
-
-
-def test_shift_mask_separates_what_only_rolling_brought_together():
-    mask = shift_mask(14, 14, 7, 3)
-    assert (mask.shape, mask.dtype, set(mask.ravel())) == ((4, 49, 49), np.float32, {0.0, -100.0})
-    assert not mask[0].any()  # the first window has no border inside
-    assert (mask[1][0, 3], mask[1][0, 4]) == (0, -100)  # the last columns begin at the fourth
-    assert (mask[2][0, 7 * 3], mask[2][0, 7 * 4]) == (0, -100)
 
 
 def test_swin_shifts_every_other_block_but_not_in_a_single_window():

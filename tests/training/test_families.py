@@ -1,6 +1,6 @@
 """Every kind of model takes training steps with its own recipe, on small digits.
 
-GC ViT does in test_train.py, through checkpoints and evaluation.
+GC ViT does in test_train.py, through checkpoints and evaluation, Swin in test_attention_paths.py.
 """
 
 import importlib
@@ -31,7 +31,6 @@ MODELS = {
     "unified_halonet_micro": (224, {"dims": (32, 32, 32, 32), "depths": (1, 1, 1, 1)}),
     "unified_internimage_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
     "unified_pvt_micro": (32, {"dims": (32, 32, 80, 64), "depths": (1, 1, 1, 1)}),
-    "unified_swin_micro": (224, {"dims": (32, 32, 32, 32), "depths": (1, 2, 1, 1)}),
 }
 
 

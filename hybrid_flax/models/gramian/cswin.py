@@ -21,15 +21,13 @@ from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
     PointwiseConv,
-    attention,
     conv,
     drop_path,
     drop_path_rates,
     layer_norm,
     linear,
-    merge_windows,
-    partition_windows,
     split_key,
+    window_attention,
 )
 from hybrid_flax.layers.convolutions import pytorch_init
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
@@ -51,6 +49,7 @@ class Variant:
     stage5: str = "block"  # or "bottleneck", as in GA-ConvNeXt
     gram_dim: int = 192
     heads: int = 5
+    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class Stem(nnx.Module):
@@ -95,12 +94,15 @@ class Block(nnx.Module):
         dim: int,
         split: int | None,
         drop_path_rate: float,
+        attention: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.branches = 1 if split is None else 2
         self.split = split
+        self.attention = attention
+        self.dtype = dtype
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.lepe = nnx.List(
@@ -124,20 +126,29 @@ class Block(nnx.Module):
 
     def attend(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B H W half"]]:
         """Attention of the vertical stripes, then of the horizontal ones; or of the whole map."""
-        batch, height, width, _ = x.shape
+        _, height, width, dim = x.shape
         windows = ((height, self.split), (self.split, width))
         if self.split is None:
             windows = ((height, width),)
-        qkv = self.qkv(self.norm1(x)).reshape(batch, height, width, 3, self.branches, -1)
-        maps = []
+        x, heads, maps = self.norm1(x), dim // HEAD_DIM // self.branches, []
         for i, window in enumerate(windows):
-            parts = [partition_windows(qkv[..., part, i, :], window) for part in range(3)]
-            out = attention(*(part.reshape(*part.shape[:3], -1, HEAD_DIM) for part in parts))
-            value = parts[-1]
-            lepe = self.lepe[i](value.reshape(-1, *window, value.shape[-1]))
-            out = out.reshape(value.shape) + lepe.reshape(value.shape)
-            maps.append(merge_windows(out, height, width, window))
+            # Each branch projects for itself: its query, key and value come packed, uncopied.
+            kernel, bias = (self.branch(p[...], i) for p in (self.qkv.kernel, self.qkv.bias))
+            qkv = x @ kernel + bias.reshape(1, 1, 1, -1)
+            out = window_attention(
+                qkv.reshape(*x.shape[:3], 3, heads, HEAD_DIM),
+                window=window,
+                local_kernel=self.lepe[i].kernel[...].reshape(3, 3, heads, HEAD_DIM),
+                implementation=self.attention,
+            )
+            lepe_bias = self.lepe[i].bias[...].astype(out.dtype)
+            maps.append(out.reshape(*x.shape[:3], -1) + lepe_bias.reshape(1, 1, 1, -1))
         return maps
+
+    def branch(self, parameter: Float[Array, "..."], index: int) -> Float[Array, "..."]:
+        """What one branch has of `qkv`'s kernel or bias, along the last axis."""
+        parts = parameter.reshape(*parameter.shape[:-1], 3, self.branches, -1)[..., index, :]
+        return parts.reshape(*parameter.shape[:-1], -1).astype(self.dtype)
 
 
 class AggregatedBlock(nnx.Module):
@@ -149,13 +160,14 @@ class AggregatedBlock(nnx.Module):
         out_dim: int,
         split: int,
         drop_path_rate: float,
+        attention: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         mix = PointwiseConv(dim, out_dim, use_bias=True, dtype=dtype, rngs=rngs)
         self.mix = ConvNorm(mix, out_dim, dtype=dtype, rngs=rngs)
-        self.block = Block(out_dim, split, drop_path_rate, dtype=dtype, rngs=rngs)
+        self.block = Block(out_dim, split, drop_path_rate, attention, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, key: jax.Array | None = None
@@ -192,14 +204,16 @@ class CSWin(nnx.Module):
         )
         self.stages = nnx.List(
             [
-                nnx.List([Block(dim, split, rate, **options) for rate in stage_rates])
+                nnx.List(
+                    [Block(dim, split, rate, variant.attention, **options) for rate in stage_rates]
+                )
                 for dim, split, stage_rates in zip(dims, (*splits, None), rates, strict=True)
             ]
         )
         aggregated = sum(dims) + variant.taps * dims[2]
         if variant.stage5 == "block":
             self.stage5 = AggregatedBlock(
-                aggregated, dims[3], splits[2], variant.drop_path, **options
+                aggregated, dims[3], splits[2], variant.drop_path, variant.attention, **options
             )
         else:
             self.stage5 = Bottleneck(
@@ -253,7 +267,13 @@ class GACSWin(GramianNet):
             head_channels=dim // 32,
             contraction_groups=8,
             mlp_groups=2,
-            gram_layer=Block(variant.gram_dim, variant.splits[2], variant.drop_path, **options),
+            gram_layer=Block(
+                variant.gram_dim,
+                variant.splits[2],
+                variant.drop_path,
+                variant.attention,
+                **options,
+            ),
             kernel_init=pytorch_init,
             **options,
         )

@@ -5,7 +5,6 @@ channels.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
@@ -13,74 +12,16 @@ from jaxtyping import Array, Float
 
 from hybrid_flax.layers import (
     PointwiseConv,
-    attention,
+    halo_attention,
     linear,
-    merge_windows,
     normal_init,
     pad_to_multiple,
-    partition_windows,
 )
 from hybrid_flax.models.unified.mixer import Mixer, Place
 
 HEAD_DIM = 32
 BLOCK = 7
 HALO = 3
-
-
-def halo_attention(
-    query: Float[Array, "B H W h d"],
-    key: Float[Array, "B H W h d"],
-    value: Float[Array, "B H W h d"],
-    row_table: Float[Array, "positions d"],
-    column_table: Float[Array, "positions d"],
-    *,
-    block: int,
-    halo: int,
-) -> Float[Array, "B H W h d"]:
-    """Each block of b×b queries attends to the w×w places around it; [B, H, W, h, d] → the same.
-
-    The score of query (i, j) of a block and key (a, c) of its window is
-    d^-0.5·q·k + q·row_table[a - i + w - 1] + q·column_table[c - j + w - 1]. As i does not count the
-    halo, the first w - b rows of the tables [2w - 1, d], which all heads share, are never read.
-    Keys outside the map do not take part.
-
-    Args:
-      query, key, value: [B, H, W, h, d]; H and W are multiples of b.
-    """
-    _, height, width, heads, dim = query.shape
-    window = block + 2 * halo
-    query = partition_windows(query.reshape(*query.shape[:3], -1), block)
-    query = query.reshape(*query.shape[:2], block, block, heads, dim)  # [B, n, i, j, h, d]
-
-    rows = block * np.arange(height // block)[:, None] + np.arange(window)  # of the padded map
-    columns = block * np.arange(width // block)[:, None] + np.arange(window)
-
-    def around(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (halo, halo), (halo, halo), (0, 0), (0, 0)))
-        x = x[:, rows][:, :, :, columns].swapaxes(2, 3)  # [B, blocks down, blocks across, a, c, …]
-        return x.reshape(x.shape[0], -1, window * window, heads, dim)
-
-    offset = np.arange(window)[None, :] - np.arange(block)[:, None] + window - 1  # [b, w]
-    row_table, column_table = (
-        table[offset].astype(query.dtype) for table in (row_table, column_table)
-    )
-    by_row = jnp.einsum("bnijhd,iad->bnhija", query, row_table, preferred_element_type=jnp.float32)
-    by_column = jnp.einsum(
-        "bnijhd,jcd->bnhijc", query, column_table, preferred_element_type=jnp.float32
-    )
-    bias = by_row[..., :, None] + by_column[..., None, :]  # [B, n, h, i, j, a, c]
-
-    def on_map(places: np.ndarray, size: int) -> np.ndarray:
-        return (places >= halo) & (places < size + halo)
-
-    inside = on_map(rows, height)[:, None, :, None] & on_map(columns, width)[None, :, None, :]
-    inside = inside.reshape(1, -1, 1, 1, 1, window, window)
-    bias = jnp.where(inside, bias, -1e30)
-    bias = bias.reshape(*bias.shape[:3], block * block, window * window)
-    query = query.reshape(*query.shape[:2], block * block, heads, dim)
-    out = attention(query, around(key), around(value), bias)
-    out = merge_windows(out.reshape(*out.shape[:3], -1), height, width)
-    return out.reshape(*out.shape[:3], heads, dim)
 
 
 class HaloAttention(Mixer):
@@ -95,6 +36,8 @@ class HaloAttention(Mixer):
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
+        self.attention = place.attention
+        self.dtype = dtype
         self.q = linear(dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         # Of each head the key, then the value.
         self.kv = PointwiseConv(dim, 2 * dim, kernel_init=normal_init, dtype=dtype, rngs=rngs)
@@ -116,16 +59,20 @@ class HaloAttention(Mixer):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         _, height, width, dim = x.shape
-        x = pad_to_multiple(x, BLOCK)
-        query = self.q(x).reshape(*x.shape[:3], self.heads, HEAD_DIM)
-        kv = self.kv(x).reshape(*x.shape[:3], self.heads, 2, HEAD_DIM)
+        x = pad_to_multiple(x, BLOCK).astype(self.dtype)
         out = halo_attention(
-            query,
-            kv[..., 0, :],
-            kv[..., 1, :],
+            (x @ self.packed_kernel()).reshape(*x.shape[:3], 3, self.heads, HEAD_DIM),
             self.row_table[...],
             self.column_table[...],
             block=BLOCK,
             halo=HALO,
+            implementation=self.attention,
         )
         return self.proj(out.reshape(*x.shape[:3], dim)[:, :height, :width])
+
+    def packed_kernel(self) -> Float[Array, "C threeC"]:
+        """One projection for query, key and value, side by side as attention takes them."""
+        query = self.q.kernel[...]
+        key_value = self.kv.kernel[0, 0].reshape(len(query), self.heads, 2, HEAD_DIM)
+        key, value = (key_value[:, :, part].reshape(query.shape) for part in range(2))
+        return jnp.concatenate([query, key, value], axis=1).astype(self.dtype)

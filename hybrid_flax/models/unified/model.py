@@ -67,6 +67,7 @@ class Variant:
     # The trunk of a detector. The authors train it with a drop path of 0.1 (micro), 0.2 (tiny,
     # small) or 0.3 (base).
     detection: bool = False
+    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class Stem(nnx.Module):
@@ -155,7 +156,7 @@ class Stage(nnx.Module):
                 Block(
                     MIXERS[variant.mixer],
                     dim,
-                    Place(stage, index, side, variant.detection),
+                    Place(stage, index, side, variant.detection, variant.attention),
                     mlp_ratio=variant.mlp_ratios[stage],
                     drop_path_rate=rate,
                     dtype=dtype,

@@ -1,0 +1,1 @@
+"""Pallas kernels for the operations that XLA does badly. They know nothing of models."""

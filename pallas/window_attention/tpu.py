@@ -1,0 +1,632 @@
+"""TPU kernels (Mosaic) for attention in windows; `pallas/README.md` has the picture.
+
+A program takes a few images, or some rows of windows of one, and one group of heads (see
+`tpu_tiles.py`). It walks the windows. Of each it loads a tile of tokens in which every line of the
+window begins at a multiple of 8, the hardware's sublanes: a 7×7 window is 7 lines of 8 tokens, the
+last of which is padding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas.window_attention.geometry import Windows
+from pallas.window_attention.tpu_tiles import (
+    BLOCK_BYTES,
+    BUDGETS,
+    LANES,
+    MASKED,
+    STACK_BYTES,
+    SUBLANES,
+    UNROLLED_TOKENS,
+    VMEM_BYTES,
+    Plan,
+    Tiles,
+    buffered,
+    divisors,
+    largest_divisor,
+    largest_group,
+    round_up,
+)
+
+
+def plan(geometry: Windows, batch: int, *, backward: bool, budgets=BUDGETS) -> Plan | None:
+    """The largest blocks that fit: whole images where they are small, else rows of windows.
+
+    None if nothing fits.
+    """
+    (a, b), heads, dim = geometry.window, geometry.heads, geometry.dim
+    tall = a > b
+    lines, length = (b, a) if tall else (a, b)
+    stride = round_up(length, SUBLANES)
+    group = largest_group(heads, dim)
+    # Blocks are cut along channels only at whole registers.
+    groups = 1 if group * dim % LANES == 0 else heads // group
+    stacked = largest_divisor(group, STACK_BYTES // (4 * (lines * stride) ** 2))
+    rows = geometry.height // a
+    cut = Plan(
+        tall=tall,
+        lines=lines,
+        length=length,
+        stride=stride,
+        heads=group,
+        stacked=stacked,
+        lanes=group * dim,
+        groups=groups,
+        programs=(1, heads // group // groups, batch, rows),
+        images=1,
+        strips=1,
+        buffers=2,
+    )
+    # The rows of shifted windows begin inside others' and end at the other border.
+    smallest = rows if geometry.shift[0] else 1
+    sizes = [(1, strips) for strips in divisors(rows) if strips >= smallest]
+    sizes += [(images, rows) for images in divisors(batch) if images > 1]
+    most = BLOCK_BYTES // _strip_bytes(geometry, cut)
+    sizes = sizes[:1] + [size for size in sizes[1:] if size[0] * size[1] <= most]
+    for budget in budgets:
+        for buffers in (2, 1):
+            options = [cut._replace(images=i, strips=s, buffers=buffers) for i, s in sizes]
+            fitting = [o for o in options if vmem_bytes(geometry, o, backward=backward) <= budget]
+            if fitting:
+                images, strips = fitting[-1].images, fitting[-1].strips
+                halves = 1 if batch // images % 2 else 2  # for chips with two cores
+                programs = (halves, cut.programs[1], batch // images // halves, rows // strips)
+                return fitting[-1]._replace(programs=programs)
+    return None
+
+
+def vmem_bytes(geometry: Windows, cut: Plan, *, backward: bool) -> int:
+    """What the blocks and scratch of a program take of a core's vector memory."""
+    size = jnp.dtype(geometry.dtype).itemsize
+    parts = 2 if geometry.shared_query else 3
+    width = cut.groups * cut.lanes
+    places = cut.images * cut.strips * geometry.window[0] * round_up(geometry.width, 32 // size)
+    packed = parts * round_up(width, LANES) if cut.is_split else round_up(parts * width, LANES)
+    one = round_up(width, LANES)
+    blocks = places * size * (packed + one)
+    fixed = 0
+    if backward:
+        blocks += places * size * (one if cut.is_split else packed)
+        fixed += places * size * (packed - one) if cut.is_split else 0
+    lines, line = geometry.window[0], geometry.width
+    lines, line = (line, lines) if cut.tall else (lines, line)
+    slabs = cut.groups * (parts + backward)
+    fixed += slabs * lines * round_up(line + SUBLANES, SUBLANES) * round_up(cut.lanes, LANES) * 4
+    scores = cut.tokens * round_up(cut.tokens, LANES) * 4
+    if geometry.has_bias:
+        blocks += (1 + backward) * cut.groups * cut.heads * scores
+    if geometry.shared_query:
+        blocks += cut.images * cut.tokens * one * (size + 4 * backward)
+    if geometry.has_local:  # the taps' moved tiles, of all windows that are scheduled together
+        fixed += 8 * UNROLLED_TOKENS * round_up(cut.lanes, LANES) * 4
+    return cut.buffers * blocks + fixed + (2 + 2 * backward) * cut.stacked * scores
+
+
+def _strip_bytes(geometry: Windows, cut: Plan) -> int:
+    """Of the packed map, in one row of windows."""
+    size = jnp.dtype(geometry.dtype).itemsize
+    return geometry.window[0] * geometry.width * 3 * cut.groups * cut.lanes * size
+
+
+# ----------------------------------------------------------------- what forward and backward share
+
+
+class WindowKernel(Tiles):
+    """What the kernels for `window_attention` do besides."""
+
+    def __init__(self, geometry: Windows, cut: Plan):
+        super().__init__(geometry, cut)
+        a, b = geometry.window
+        # A strip, one row of windows, lies in float32 as [slabs, lines, places of a line, lanes],
+        # one slab for each group of each part: only one register wide can tiles begin anywhere.
+        self.strip = (geometry.width, a) if cut.tall else (a, geometry.width)
+        self.scratch_length = round_up(self.strip[1] + cut.stride - cut.length, SUBLANES)
+        self.columns = geometry.width // b
+
+    # ------------------------------------------------------------------ between map and strip
+
+    def rows(self, strip):
+        """Where the rows of the map are that a strip consists of."""
+        a, shift = self.geometry.window[0], self.geometry.shift[0]
+        height = self.geometry.height
+        for row in range(a):
+            place = strip * a + row + shift
+            yield row, (lax.rem(place, height) if shift else place)
+
+    def turn(self, move):
+        """Calls move(row, how many) for the rows of a strip whose rows become columns."""
+        rows = self.geometry.window[0]
+        whole = rows // SUBLANES * SUBLANES
+
+        def step(index, carry):
+            move(pl.multiple_of(index * SUBLANES, SUBLANES), SUBLANES)
+            return carry
+
+        lax.fori_loop(0, whole // SUBLANES, step, 0)
+        if rows > whole:
+            move(whole, rows - whole)
+
+    def read_strip(self, ref, image, strip, scratch, first_slab=0):
+        """Rows of the map, in its dtype → float32 scratch."""
+        length, slabs = self.strip[1], ref.shape[-1] // self.cut.lanes
+        a, shift = self.geometry.window[0], self.geometry.shift[1]
+        for slab in range(slabs):
+            lanes, slab = self.lanes(slab), first_slab + slab
+            if self.cut.tall:
+
+                def read(row, rows, lanes=lanes, slab=slab):
+                    x = ref[image, pl.ds(strip * a + row, rows), :, lanes].astype(jnp.float32)
+                    scratch[slab, :, pl.ds(row, rows)] = jnp.swapaxes(x, 0, 1)
+
+                self.turn(read)
+                continue
+            for row, place in self.rows(strip):
+                x = ref[image, place, :, lanes].astype(jnp.float32)
+                if shift:
+                    x = jnp.concatenate([x[shift:], x[:shift]], axis=0)
+                scratch[slab, row, :length] = x
+
+    def write_strip(self, ref, image, strip, scratch, first_slab=0):
+        """The inverse of `read_strip`."""
+        length, slabs = self.strip[1], ref.shape[-1] // self.cut.lanes
+        a, shift = self.geometry.window[0], self.geometry.shift[1]
+        for slab in range(slabs):
+            lanes, slab = self.lanes(slab), first_slab + slab
+            if self.cut.tall:
+
+                def write(row, rows, lanes=lanes, slab=slab):
+                    x = jnp.swapaxes(scratch[slab, :, pl.ds(row, rows)], 0, 1)
+                    ref[image, pl.ds(strip * a + row, rows), :, lanes] = x.astype(ref.dtype)
+
+                self.turn(write)
+                continue
+            for row, place in self.rows(strip):
+                x = scratch[slab, row, :length]
+                if shift:
+                    x = jnp.concatenate([x[length - shift :], x[: length - shift]], axis=0)
+                ref[image, place, :, lanes] = x.astype(ref.dtype)
+
+    def clear_padding(self, scratch):
+        """Padding takes part with weight 0, which only finite numbers survive."""
+        start = self.strip[1] // SUBLANES * SUBLANES
+        if start < self.scratch_length:
+            slabs, lines, length, lanes = scratch.shape
+            scratch[:, :, start:] = jnp.zeros((slabs, lines, length - start, lanes), scratch.dtype)
+
+    def window(self, column, length):
+        """Indices of one window, its lines `length` places long, in a slab."""
+        if self.cut.tall:
+            lines = self.cut.lines
+            return pl.ds(column * lines, lines), pl.ds(0, length)
+        return slice(None), pl.ds(column * self.cut.length, length)
+
+    def load(self, scratch, slab, column):
+        """Float32 tile [tokens, lanes] of one window."""
+        tile = scratch[(slab, *self.window(column, self.cut.stride))]
+        return tile.reshape(self.cut.tokens, tile.shape[-1])
+
+    def store(self, scratch, slab, column, tile):
+        """Writes a tile back, without its padding."""
+        cut = self.cut
+        tile = tile.reshape(cut.lines, cut.stride, tile.shape[-1])[:, : cut.length]
+        scratch[(slab, *self.window(column, cut.length))] = tile
+
+    # ------------------------------------------------------------------------------ inside a window
+
+    def weights(self, queries, key, bias, strip, column):
+        """Softmax before its division: (exp(scores - max), sum of it over keys), float32."""
+        geometry = self.geometry
+        scores = self.dot(queries, key, ((1,), (1,))) * geometry.dim**-0.5
+        if bias is None:
+            scores = jnp.where(self.is_token(scores.shape, 1), scores, MASKED)
+        else:
+            scores = scores + bias
+        if any(geometry.shift):
+            query_region = self.region((scores.shape[0], 1), 0, strip, column)
+            key_region = self.region((1, scores.shape[1]), 1, strip, column)
+            scores = jnp.where(query_region == key_region, scores, scores - 100.0)
+        exponentials = jnp.exp(scores - scores.max(axis=1, keepdims=True))
+        return exponentials, exponentials.sum(axis=1, keepdims=True)
+
+    def region(self, shape, axis, strip, column):
+        """Of a token: which side of the map's borders it comes from, in the last windows."""
+        (a, b), (down, right) = self.geometry.window, self.geometry.shift
+        line, place = self.places(shape, axis)
+        last_row = (strip == self.geometry.height // a - 1).astype(jnp.int32)
+        last_column = (column == self.columns - 1).astype(jnp.int32)
+        below = (line >= a - down).astype(jnp.int32) if down else 0
+        beyond = (place >= b - right).astype(jnp.int32) if right else 0
+        return 2 * last_row * below + last_column * beyond
+
+    def neighbours(self, tile):
+        """The tile moved so that every token meets its neighbours in the window, 0 beyond it.
+
+        Yields (index of the tap, tile) for those of the 3×3 taps that any token has.
+        """
+        line, place = self.places((tile.shape[0], 1), 0)
+        for tap in range(9):
+            down, right = tap // 3 - 1, tap % 3 - 1
+            if abs(down) >= self.cut.lines or abs(right) >= self.cut.length:
+                continue
+            inside = (line + down >= 0) & (line + down < self.cut.lines)
+            inside &= (place + right >= 0) & (place + right < self.cut.length)
+            offset = down * self.cut.stride + right
+            moved = jnp.roll(tile, -offset, axis=0) if offset else tile
+            yield tap, jnp.where(inside, moved, 0)
+
+    def walk(self, body, first):
+        """Calls body(image, strip of the block, strip of the map) for a program's rows of windows.
+
+        `first` is the program's first row of windows.
+        """
+
+        def step(index, carry):
+            image, strip = lax.div(index, self.cut.strips), lax.rem(index, self.cut.strips)
+            body(image, strip, first + strip)
+            return carry
+
+        steps = self.cut.images * self.cut.strips
+        lax.fori_loop(0, steps, step, 0, unroll=self.unroll(steps, self.columns * self.cut.groups))
+
+    def blocks(self, parts):
+        """Block specs of a packed map [B, H, W, parts·C]: one for each part, or one for all."""
+        cut, geometry = self.cut, self.geometry
+        rows = cut.strips * geometry.window[0]
+        _, _, images, _ = cut.programs
+        width = cut.groups * cut.lanes
+        if not cut.is_split:
+            parts, width = 1, parts * width
+
+        def index(half, channel, image, strip, *_, part):
+            return half * images + image, strip, 0, part * cut.programs[1] + channel
+
+        shape = (cut.images, rows, geometry.width, width)
+        return [pl.BlockSpec(shape, functools.partial(index, part=part)) for part in range(parts)]
+
+
+def _forward_kernel(*refs, kernel: WindowKernel, parts: int):
+    geometry, cut = kernel.geometry, kernel.cut
+    refs = list(refs)
+    maps = [refs.pop(0) for _ in range(parts if cut.is_split else 1)]
+    bias_ref = refs.pop(0) if geometry.has_bias else None
+    query_ref = refs.pop(0) if geometry.shared_query else None
+    local_ref = refs.pop(0) if geometry.has_local else None
+    out_ref, strip_scratch = refs
+    kernel.clear_padding(strip_scratch)
+
+    def do_strip(image, strip, place):
+        for part, ref in enumerate(maps):
+            kernel.read_strip(ref, image, strip, strip_scratch, part)
+
+        def do_window(column, carry):
+            for group in range(cut.groups):
+                lanes = kernel.lanes(group)
+                key_slab, value_slab = (p * cut.groups + group for p in (parts - 2, parts - 1))
+                key = kernel.load(strip_scratch, key_slab, column)
+                value = kernel.load(strip_scratch, value_slab, column)
+                if geometry.shared_query:
+                    query = query_ref[image, :, lanes].astype(jnp.float32)
+                else:
+                    query = kernel.load(strip_scratch, group, column)
+                out = jnp.zeros(value.shape, jnp.float32)
+                for first, rows in kernel.stacks():
+                    bias = bias_ref[group, rows] if geometry.has_bias else None
+                    queries = kernel.stack(query, first)
+                    weights, total = kernel.weights(queries, key, bias, place, column)
+                    out += kernel.unstack(kernel.dot(weights, value, ((1,), (0,))) / total, first)
+                if geometry.has_local:
+                    for tap, moved in kernel.neighbours(value):
+                        out += moved * local_ref[pl.ds(tap, 1), lanes]
+                # In place: no other window has these places.
+                kernel.store(strip_scratch, group, column, out)
+            return carry
+
+        lax.fori_loop(
+            0, kernel.columns, do_window, 0, unroll=kernel.unroll(kernel.columns, cut.groups)
+        )
+        kernel.write_strip(out_ref, image, strip, strip_scratch)
+
+    kernel.walk(do_strip, pl.program_id(3) * cut.strips)
+
+
+def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
+    geometry, cut = kernel.geometry, kernel.cut
+    refs = list(refs)
+    split = cut.is_split
+    maps = [refs.pop(0) for _ in range(parts if split else 1)]
+    bias_ref = refs.pop(0) if geometry.has_bias else None
+    query_ref = refs.pop(0) if geometry.shared_query else None
+    local_ref = refs.pop(0) if geometry.has_local else None
+    out_grad_ref, map_grad_ref = refs.pop(0), refs.pop(0)
+    bias_grad_ref = refs.pop(0) if geometry.has_bias else None
+    query_grad_ref = refs.pop(0) if geometry.shared_query else None
+    local_grad_ref = refs.pop(0) if geometry.has_local else None
+    strip_scratch, out_grad_scratch, *held = refs
+    scale = geometry.dim**-0.5
+
+    def do_strip(image, strip, place):
+        for part, ref in enumerate(maps):
+            kernel.read_strip(ref, image, strip, strip_scratch, part)
+        kernel.read_strip(out_grad_ref, image, strip, out_grad_scratch)
+
+        def do_window(column, carry):
+            for group in range(cut.groups):
+                lanes = kernel.lanes(group)
+                key_slab, value_slab = (p * cut.groups + group for p in (parts - 2, parts - 1))
+                key = kernel.load(strip_scratch, key_slab, column)
+                value = kernel.load(strip_scratch, value_slab, column)
+                if geometry.shared_query:
+                    query = query_ref[image, :, lanes].astype(jnp.float32)
+                else:
+                    query = kernel.load(strip_scratch, group, column)
+                out_grad = kernel.load(out_grad_scratch, group, column)
+                out_grad = jnp.where(kernel.is_token(out_grad.shape, 0), out_grad, 0)
+
+                query_grad = key_grad = value_grad = jnp.zeros(key.shape, jnp.float32)
+                for first, rows in kernel.stacks():
+                    queries, out_grads = (kernel.stack(x, first) for x in (query, out_grad))
+                    bias = bias_ref[group, rows] if geometry.has_bias else None
+                    weights, total = kernel.weights(queries, key, bias, place, column)
+                    weights = weights / total
+                    weight_grads = kernel.dot(out_grads, value, ((1,), (1,)))
+                    mean = (weights * weight_grads).sum(axis=1, keepdims=True)
+                    score_grads = weights * (weight_grads - mean)
+                    if geometry.has_bias:
+                        bias_grad_ref[0, group, rows] += score_grads
+                    products = kernel.dot(score_grads, key, ((1,), (0,)))
+                    query_grad += kernel.unstack(products, first) * scale
+                    key_grad += kernel.dot(score_grads, queries, ((0,), (0,))) * scale
+                    value_grad += kernel.dot(weights, out_grads, ((0,), (0,)))
+                if geometry.has_local:
+                    for tap, moved in kernel.neighbours(value):
+                        product = (moved * out_grad).sum(axis=0, keepdims=True)
+                        local_grad_ref[0, pl.ds(tap, 1), lanes] += product
+                    for tap, moved in kernel.neighbours(out_grad):
+                        value_grad += moved * local_ref[pl.ds(8 - tap, 1), lanes]
+                if geometry.shared_query:
+                    query_grad_ref[image, :, lanes] += query_grad
+                else:
+                    # In place, as in the forward kernel.
+                    kernel.store(strip_scratch, group, column, query_grad)
+                kernel.store(strip_scratch, key_slab, column, key_grad)
+                kernel.store(strip_scratch, value_slab, column, value_grad)
+            return carry
+
+        lax.fori_loop(
+            0, kernel.columns, do_window, 0, unroll=kernel.unroll(kernel.columns, cut.groups)
+        )
+        kernel.write_strip(map_grad_ref, image, strip, strip_scratch)
+        for part in range(1, len(maps)):
+            kernel.write_strip(held[0].at[part - 1], image, strip, strip_scratch, part)
+
+    image_program, strip_program, part = (pl.program_id(axis) for axis in (2, 3, 4))
+
+    @pl.when(part == 0)
+    def _():
+        first_of_image = strip_program == 0
+        first = first_of_image & (image_program == 0)
+        for ref, start in (
+            (bias_grad_ref, first),
+            (local_grad_ref, first),
+            (query_grad_ref, first_of_image),
+        ):
+            if ref is not None:
+
+                @pl.when(start)
+                def _(ref=ref):
+                    ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+        kernel.clear_padding(strip_scratch)
+        kernel.clear_padding(out_grad_scratch)
+        kernel.walk(do_strip, strip_program * cut.strips)
+
+    if split:
+        # A block of the packed gradient holds one part: the others are held until their turn.
+        @pl.when(part > 0)
+        def _():
+            map_grad_ref[...] = held[0][part - 1]
+
+
+# ------------------------------------------------------------------------------ what is called
+
+
+def refusal(geometry: Windows, *, every_core: bool) -> str | None:
+    """Why the kernels cannot serve a shape; None if they can.
+
+    `every_core`: on every TPU since v4, not only on those with more vector memory.
+    """
+    if geometry.window[0] > geometry.window[1] and any(geometry.shift):
+        return "windows that are shifted and higher than wide are not served"
+    if plan(geometry, 1, backward=True, budgets=BUDGETS[: 1 if every_core else None]):
+        return None
+    return "its gradient does not fit into a core's vector memory"
+
+
+def forward(geometry: Windows, qkv, bias, query, local_kernel, *, interpret: bool = False):
+    """As `window_attention`; [B, H, W, parts, h, d] → [B, H, W, h, d]."""
+    call = _Call(geometry, qkv, backward=False)
+    out = call(
+        _forward_kernel,
+        call.inputs(qkv, bias, query, local_kernel),
+        [(call.map_spec(1)[0], call.out_shape)],
+        scratch=[call.strip_scratch(call.parts)],
+        interpret=interpret,
+    )[0]
+    return out.reshape(*qkv.shape[:3], geometry.heads, geometry.dim)
+
+
+def backward(
+    geometry: Windows, qkv, bias, query, local_kernel, out_grad, *, interpret: bool = False
+):
+    """The gradients of the four arrays of `forward`, given that of its result."""
+    call = _Call(geometry, qkv, backward=True)
+    cut, parts = call.cut, call.parts
+    inputs = call.inputs(qkv, bias, query, local_kernel)
+    inputs.append((call.map_spec(1)[0], out_grad.reshape(call.out_shape.shape)))
+    width = cut.groups * cut.lanes
+    split = cut.is_split
+    block = (cut.images, cut.strips * geometry.window[0], geometry.width)
+
+    def index(half, channel, image, strip, part):
+        lanes = part * cut.programs[1] + channel if split else 0
+        return half * cut.programs[2] + image, strip, 0, lanes
+
+    outputs = [
+        (
+            pl.BlockSpec((*block, width if split else parts * width), index),
+            jax.ShapeDtypeStruct((*qkv.shape[:3], parts * call.channels), qkv.dtype),
+        )
+    ]
+    outputs += [
+        (spec, jax.ShapeDtypeStruct(shape, jnp.float32))
+        for spec, shape in (
+            *([call.bias_grad_block()] if geometry.has_bias else []),
+            *([call.query_grad_block()] if geometry.shared_query else []),
+            *([call.local_grad_block()] if geometry.has_local else []),
+        )
+    ]
+    scratch = [call.strip_scratch(parts), call.strip_scratch(1)]
+    if split:
+        scratch.append(pltpu.VMEM((parts - 1, *block, width), qkv.dtype))
+    map_grad, *rest = call(
+        _backward_kernel,
+        inputs,
+        outputs,
+        scratch=scratch,
+        interpret=interpret,
+        rounds=parts if split else 1,
+    )
+    bias_grad = call.unpack_bias(rest.pop(0)) if geometry.has_bias else None
+    query_grad = None
+    if geometry.shared_query:
+        query_grad = call.unpack_query(rest.pop(0)).astype(query.dtype)
+    local_grad = None
+    if geometry.has_local:
+        local_grad = call.unpack_local(rest.pop(0)).astype(local_kernel.dtype)
+    return map_grad.reshape(qkv.shape), bias_grad, query_grad, local_grad
+
+
+class _Call:
+    """Blocks and layouts of one `pallas_call`."""
+
+    def __init__(self, geometry: Windows, qkv, *, backward: bool):
+        self.geometry = geometry
+        self.batch, self.parts = qkv.shape[0], qkv.shape[3]
+        self.cut = plan(geometry, self.batch, backward=backward)
+        self.kernel = WindowKernel(geometry, self.cut)
+        self.channels = geometry.heads * geometry.dim
+        self.out_shape = jax.ShapeDtypeStruct((*qkv.shape[:3], self.channels), qkv.dtype)
+
+    def __call__(self, body, inputs, outputs, *, scratch, interpret, rounds=1):
+        specs, arrays = zip(*inputs, strict=True)
+        out_specs, out_shapes = zip(*outputs, strict=True)
+        specs, out_specs = buffered(specs, self.cut), buffered(out_specs, self.cut)
+        return pl.pallas_call(
+            functools.partial(body, kernel=self.kernel, parts=self.parts),
+            grid=(*self.cut.programs, rounds),
+            in_specs=specs,
+            out_specs=out_specs,
+            out_shape=out_shapes,
+            scratch_shapes=scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", *("arbitrary",) * 3),
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            interpret=interpret,
+            name=body.__name__.strip("_"),
+        )(*arrays)
+
+    def map_spec(self, parts):
+        return self.kernel.blocks(parts)
+
+    def strip_scratch(self, parts):
+        slabs, (lines, _) = parts * self.cut.groups, self.kernel.strip
+        shape = (slabs, lines, self.kernel.scratch_length, self.cut.lanes)
+        return pltpu.VMEM(shape, jnp.float32)
+
+    def inputs(self, qkv, bias, query, local_kernel):
+        """[(block spec, array)] of everything that `forward` is given."""
+        packed = qkv.reshape(*qkv.shape[:3], -1)
+        inputs = [(spec, packed) for spec in self.map_spec(self.parts)]
+        width = self.cut.groups * self.cut.lanes
+        if bias is not None:
+            shape = (self.cut.groups, self.cut.heads * self.cut.tokens, self.cut.tokens)
+            spec = pl.BlockSpec(shape, lambda half, channel, *_: (channel, 0, 0))
+            inputs.append((spec, self.pack_bias(bias)))
+        if query is not None:
+            inputs.append((self.query_grad_block()[0], self.pack_query(query)))
+        if local_kernel is not None:
+            spec = pl.BlockSpec((9, width), lambda half, channel, *_: (0, channel))
+            inputs.append((spec, self.pack_local(local_kernel)))
+        return inputs
+
+    def bias_grad_block(self):
+        cut = self.cut
+        shape = (cut.groups, cut.heads * cut.tokens, cut.tokens)
+        spec = pl.BlockSpec((1, *shape), lambda half, channel, *_: (half, channel, 0, 0))
+        return spec, (cut.programs[0], shape[0] * cut.programs[1], *shape[1:])
+
+    def query_grad_block(self):
+        cut = self.cut
+
+        def index(half, channel, image, *_):
+            return half * cut.programs[2] + image, 0, channel
+
+        spec = pl.BlockSpec((cut.images, cut.tokens, cut.groups * cut.lanes), index)
+        return spec, (self.batch, cut.tokens, self.channels)
+
+    def local_grad_block(self):
+        width = self.cut.groups * self.cut.lanes
+        spec = pl.BlockSpec((1, 9, width), lambda half, channel, *_: (half, 0, channel))
+        return spec, (self.cut.programs[0], 9, self.channels)
+
+    # Tokens of a window in the order of a tile, and back.
+
+    def to_tile(self, x, axis, fill=0.0):
+        """Axes (a, b) at `axis` → one axis of the tile's tokens."""
+        cut = self.cut
+        if cut.tall:
+            x = jnp.swapaxes(x, axis, axis + 1)
+        padding = [(0, 0)] * x.ndim
+        padding[axis + 1] = (0, cut.stride - cut.length)
+        x = jnp.pad(x, padding, constant_values=fill)
+        return x.reshape(*x.shape[:axis], cut.tokens, *x.shape[axis + 2 :])
+
+    def from_tile(self, x, axis):
+        cut = self.cut
+        x = x.reshape(*x.shape[:axis], cut.lines, cut.stride, *x.shape[axis + 1 :])
+        x = lax.slice_in_dim(x, 0, cut.length, axis=axis + 1)
+        return jnp.swapaxes(x, axis, axis + 1) if cut.tall else x
+
+    def pack_bias(self, bias):
+        """[h, N, N] → [groups, heads·tokens, tokens], padded keys masked."""
+        window, cut = self.geometry.window, self.cut
+        bias = bias.reshape(-1, *window, *window)
+        bias = self.to_tile(self.to_tile(bias, 3, MASKED), 1)
+        return bias.reshape(-1, cut.heads * cut.tokens, cut.tokens)
+
+    def unpack_bias(self, grad):
+        cut, tokens = self.cut, self.geometry.window[0] * self.geometry.window[1]
+        grad = grad.sum(0).reshape(-1, cut.tokens, cut.tokens)
+        return self.from_tile(self.from_tile(grad, 2), 1).reshape(-1, tokens, tokens)
+
+    def pack_query(self, query):
+        return self.to_tile(query.reshape(*query.shape[:3], -1), 1)
+
+    def unpack_query(self, grad):
+        grad = self.from_tile(grad, 1)
+        return grad.reshape(*grad.shape[:3], self.geometry.heads, self.geometry.dim)
+
+    def pack_local(self, local_kernel):
+        if self.cut.tall:
+            local_kernel = jnp.swapaxes(local_kernel, 0, 1)
+        return local_kernel.reshape(9, -1).astype(jnp.float32)
+
+    def unpack_local(self, grad):
+        grad = grad.sum(0).reshape(3, 3, self.geometry.heads, self.geometry.dim)
+        return jnp.swapaxes(grad, 0, 1) if self.cut.tall else grad

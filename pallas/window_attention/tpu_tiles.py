@@ -1,0 +1,139 @@
+"""What the TPU kernels for attention in windows share: tiles of tokens, groups and stacks of heads.
+
+The lanes of a tile, 128 at most, are the channels of a *group* of heads, side by side. Queries are
+stacked once per head with the other heads' lanes zeroed, so that one product gives the scores of
+all heads, [heads·tokens, tokens], and nothing ever moves across lanes.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas.window_attention.geometry import Halo, Windows
+
+LANES = 128
+SUBLANES = 8
+MASKED = -1e30
+BLOCK_BYTES = 5 * 2**19  # about how much of the packed map one program takes
+STACK_BYTES = 2**20  # of the scores of the heads that are computed in one product
+UNROLLED_TOKENS = 512  # of windows side by side in the schedule, so that their latencies overlap
+# What a program may take of a core's vector memory, by our own count, which leaves out temporaries:
+# v4 has 16 MiB, v5p 64 and v5e and v6e 128.
+BUDGETS = (14 * 2**20, 40 * 2**20, 90 * 2**20)
+VMEM_BYTES = 120 * 2**20
+
+
+class Plan(NamedTuple):
+    """How a shape is cut into programs.
+
+    `tall` windows, higher than wide, are walked column by column: their lines are columns.
+    """
+
+    tall: bool
+    lines: int  # of a window
+    length: int  # of a line, in tokens
+    stride: int  # of a line in a tile: length rounded up to sublanes
+    heads: int  # of a group
+    stacked: int  # heads of a group whose scores are computed at once
+    lanes: int  # of a group
+    groups: int  # of a program
+    programs: tuple[int, int, int, int]  # halves of the batch, channels, images, rows of windows
+    images: int  # of a program
+    strips: int  # rows of windows of a program
+    buffers: int  # of each block: 2 to load one while another is used
+
+    @property
+    def tokens(self) -> int:
+        return self.lines * self.stride
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the parts of the packed map come as separate blocks."""
+        return self.programs[1] > 1
+
+
+class Tiles:
+    """The arithmetic on tiles, [tokens, lanes] in float32, inside a program."""
+
+    def __init__(self, geometry: Windows | Halo, cut: Plan):
+        self.geometry, self.cut = geometry, cut
+        self.dtype = jnp.dtype(geometry.dtype)
+        self.precision = lax.Precision.HIGHEST if geometry.dtype == "float32" else None
+
+    def lanes(self, group):
+        """Of a group in a block that has several."""
+        return pl.ds(group * self.cut.lanes, self.cut.lanes)
+
+    def places(self, shape, axis):
+        """(line, place in the line) of the tokens along an axis."""
+        token = lax.rem(lax.broadcasted_iota(jnp.int32, shape, axis), self.cut.tokens)
+        return lax.div(token, self.cut.stride), lax.rem(token, self.cut.stride)
+
+    def is_token(self, shape, axis):
+        return self.places(shape, axis)[1] < self.cut.length
+
+    def stack(self, tile, first):
+        """[tokens, lanes] → [stacked·tokens, lanes]: for each head a copy with its lanes alone."""
+        heads = range(first, first + self.cut.stacked)
+        return jnp.concatenate([self.keep(tile, head) for head in heads], axis=0)
+
+    def unstack(self, stack, first):
+        """[stacked·tokens, lanes] → [tokens, lanes]: of each copy its head's lanes."""
+        tokens = self.cut.tokens
+        copies = [stack[i * tokens : (i + 1) * tokens] for i in range(self.cut.stacked)]
+        return functools.reduce(
+            jnp.add, [self.keep(copy, first + i) for i, copy in enumerate(copies)]
+        )
+
+    def stacks(self):
+        """(first head, its rows of the bias) of the stacks of a group."""
+        for first in range(0, self.cut.heads, self.cut.stacked):
+            yield first, pl.ds(first * self.cut.tokens, self.cut.stacked * self.cut.tokens)
+
+    def keep(self, tile, head):
+        if self.cut.heads == 1:
+            return tile
+        lane = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+        return jnp.where(lax.div(lane, self.geometry.dim) == head, tile, 0)
+
+    def dot(self, x, y, contract):
+        """Products in the map's dtype, sums in float32."""
+        return lax.dot_general(
+            x.astype(self.dtype),
+            y.astype(self.dtype),
+            (contract, ((), ())),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def unroll(self, steps, windows=1):
+        """How many steps of a loop, of so many windows each, are scheduled together."""
+        return largest_divisor(steps, UNROLLED_TOKENS // (windows * self.cut.tokens))
+
+
+def buffered(specs, cut: Plan):
+    """Blocks that are loaded while others are used, or not, where memory is short."""
+    if cut.buffers == 2:
+        return list(specs)
+    return [dataclasses.replace(spec, pipeline_mode=pl.Buffered(1)) for spec in specs]
+
+
+def largest_group(heads: int, dim: int) -> int:
+    """How many heads share the lanes."""
+    return largest_divisor(heads, max(LANES, dim) // dim)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in divisors(number) if d <= max(limit, 1))
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,104 @@
+"""The models' geometries, arrays for them, and the comparison of a kernel with the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hybrid_flax
+from hybrid_flax import bridge
+from pallas.window_attention import recorded, reference
+from pallas.window_attention.choice import tpu_kernels
+from pallas.window_attention.geometry import Halo, Windows
+
+
+def arrays(geometry: Windows | Halo, batch: int):
+    """The arguments of a kernel, from the normal distribution."""
+    rng, heads, dim = np.random.default_rng(0), geometry.heads, geometry.dim
+
+    def normal(*shape, dtype="float32"):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    shape, dtype = (batch, geometry.height, geometry.width), geometry.dtype
+    if isinstance(geometry, Halo):
+        tables = (normal(2 * geometry.window - 1, dim) for _ in range(2))
+        return (normal(*shape, 3, heads, dim, dtype=dtype), *tables)
+    tokens = geometry.window[0] * geometry.window[1]
+    shared, biased, local = geometry.shared_query, geometry.has_bias, geometry.has_local
+    return (
+        normal(*shape, 2 if shared else 3, heads, dim, dtype=dtype),
+        normal(heads, tokens, tokens) if biased else None,
+        normal(batch, *geometry.window, heads, dim, dtype=dtype) if shared else None,
+        normal(3, 3, heads, dim) if local else None,
+    )
+
+
+def argument_shapes(geometry: Windows | Halo, batch: int):
+    """Shapes of `arrays`, and of the gradient of the result, which is last."""
+    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
+    given = jax.eval_shape(lambda: arrays(geometry, batch))
+    return (*given, jax.ShapeDtypeStruct(shape, geometry.dtype))
+
+
+def model_geometries(pattern: str) -> dict:
+    """{geometry: what `auto` picks by platform} of the models' windows at 224 pixels."""
+    found = {}
+    for name in hybrid_flax.list_models(pattern):
+        if hybrid_flax.model_info(name).image_size == 224:
+            model = bridge.abstract(lambda name=name: hybrid_flax.create_model(name))
+            images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+            with recorded() as calls:
+                jax.eval_shape(bridge.as_function(model), bridge.get_weights(model), images)
+            found |= dict(calls)
+    return found
+
+
+def definition(geometry: Windows | Halo):
+    """`reference.py` with the arguments of a kernel."""
+    if isinstance(geometry, Halo):
+        return functools.partial(reference.halo_attention, block=geometry.block, halo=geometry.halo)
+
+    def attend(qkv, bias, query, local_kernel):
+        return reference.window_attention(
+            qkv,
+            bias,
+            window=geometry.window,
+            shift=geometry.shift,
+            query=query,
+            local_kernel=local_kernel,
+        )
+
+    return attend
+
+
+def differences(geometry: Windows | Halo, batch: int = 1) -> list[float]:
+    """Relative L2 distances of an interpreted TPU kernel's result and gradients.
+
+    From the definition in float32, whatever the dtype of the geometry.
+    """
+    inputs = arrays(geometry, batch)
+    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    @jax.jit
+    def defined(inputs):
+        inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+        out, gradients = jax.vjp(definition(geometry), *inputs)
+        return out, gradients(cotangent)
+
+    @jax.jit
+    def computed(inputs):
+        kernels = tpu_kernels(geometry)
+        out = kernels.forward(geometry, *inputs, interpret=True)
+        given = cotangent.astype(out.dtype)
+        return out, kernels.backward(geometry, *inputs, given, interpret=True)
+
+    pairs = zip(jax.tree.leaves(computed(inputs)), jax.tree.leaves(defined(inputs)), strict=True)
+    return [distance(got, want) for got, want in pairs]
+
+
+def distance(got, want) -> float:
+    """Relative L2."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))

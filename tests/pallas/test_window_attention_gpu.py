@@ -1,0 +1,104 @@
+"""The Hopper kernels against the definition: in the interpreter of Mosaic GPU, and on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas.window_attention import gpu, gpu_tiles
+from pallas.window_attention.geometry import Halo, Windows
+from tests.pallas.cases import arrays, definition, distance
+
+# (batch, geometry); heads have 32 channels.
+WINDOWS = {
+    name: (batch, Windows(height, width, heads, 32, window, "bfloat16", **options))
+    for name, batch, height, width, heads, window, options in (
+        ("7x7, shifted", 1, 14, 14, 1, (7, 7), {"has_bias": True, "shift": (3, 3)}),
+        ("7x7, shifted one way", 1, 7, 14, 1, (7, 7), {"shift": (0, 3)}),
+        ("7x7, shared query", 2, 7, 14, 1, (7, 7), {"has_bias": True, "shared_query": True}),
+        ("7x7, local", 1, 7, 14, 2, (7, 7), {"has_bias": True, "has_local": True}),
+        ("8x8, shifted", 1, 8, 8, 1, (8, 8), {"has_bias": True, "shift": (4, 0)}),
+        ("28x2, local", 1, 28, 4, 1, (28, 2), {"has_local": True}),
+        ("14x7, local", 1, 14, 7, 2, (14, 7), {"has_local": True}),
+        ("14x14", 2, 14, 14, 1, (14, 14), {"has_bias": True}),
+        ("14x14, shared query", 1, 14, 28, 1, (14, 14), {"has_bias": True, "shared_query": True}),
+        ("9x5", 1, 9, 5, 1, (9, 5), {"has_bias": True}),
+        ("12x12, shifted", 1, 12, 12, 1, (12, 12), {"has_bias": True, "shift": (6, 6)}),
+    )
+}
+
+
+def check(name: str, interpret):
+    batch, geometry = WINDOWS[name]
+    assert gpu.refusal(geometry) is None
+    inputs = arrays(geometry, batch)
+    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
+    out_grad = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
+
+    def exact(inputs):
+        inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+        out, gradients = jax.vjp(definition(geometry), *inputs)
+        return out, gradients(out_grad.astype(jnp.float32))
+
+    out = gpu.forward(geometry, *inputs, interpret=interpret)
+    gradients = gpu.backward(geometry, *inputs, out_grad, interpret=interpret)
+    assert jax.tree.map(lambda x: x.dtype, gradients) == jax.tree.map(lambda x: x.dtype, inputs)
+    computed, wanted = jax.tree.leaves((out, gradients)), jax.tree.leaves(jax.jit(exact)(inputs))
+    assert max(distance(*pair) for pair in zip(computed, wanted, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_interpreted(name, monkeypatch):
+    monkeypatch.setattr(gpu_tiles, "MULTIPROCESSORS", 1)  # so that a CTA walks several windows
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    check(name, InterpretGPUParams(detect_races=True))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU of Hopper's kind")
+@pytest.mark.parametrize("name", WINDOWS)
+def test_on_a_gpu(name):
+    check(name, False)
+
+
+@pytest.mark.parametrize("name", ["7x7, shifted", "7x7, local", "14x14, shared query", "9x5"])
+def test_lowers_for_hopper(name):
+    """To Mosaic's instructions, as far as a machine without CUDA can."""
+    batch, geometry = WINDOWS[name]
+    inputs = arrays(geometry, batch)
+    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
+
+    def both(inputs, out_grad):
+        return gpu.forward(geometry, *inputs), gpu.backward(geometry, *inputs, out_grad)
+
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    export = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=unchecked)
+    module = export(inputs, jax.ShapeDtypeStruct(shape, jnp.bfloat16)).mlir_module()
+    kernels = 2 if geometry.window == (7, 7) else 3
+    assert module.count("stablehlo.custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dim": 24}, "serve 32 channels per head, not 24"),
+        ({"dtype": "float32"}, "compute from bfloat16, not float32"),
+        ({"height": 34, "width": 34, "window": (17, 17)}, "at most 256 fit"),
+        ({"has_local": True, "shift": (1, 0)}, "local convolution in shifted windows"),
+    ],
+)
+def test_what_is_refused(change, why):
+    geometry = Windows(14, 14, 2, 32, (7, 7), "bfloat16")
+    assert gpu.refusal(geometry) is None
+    assert why in gpu.refusal(dataclasses.replace(geometry, **change))
+
+
+def test_halo_attention_is_refused():
+    assert "halo attention" in gpu.refusal(Halo(14, 14, 2, 32, 7, 3, "bfloat16"))
