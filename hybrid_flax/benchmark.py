@@ -1,0 +1,193 @@
+"""What a model costs on this machine: parameters, FLOPs, images per second, memory.
+
+python -m hybrid_flax.benchmark --model=gcvit_b [--batch_sizes=32,64,128] [--against=xla]
+
+On one device, with random images that are already there, in rounds: every round gives each
+contestant a few steps, and medians over the rounds are printed.
+
+- inference: normalised images to logits, dropping nothing.
+- training: the step of `hybrid_flax.train`: uint8 images, normalised; forward with the model's own
+  drop path; its own loss with label smoothing; backward; AdamW; the norm of the gradient. Without
+  what a recipe may add: mixing, erasing, clipping, an average of the weights.
+
+FLOPs are two for each multiply-add, MFU counts three forward passes for a training step. Memory is
+what the compiled program needs, weights included.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+import hybrid_flax
+from hybrid_flax import measuring
+from hybrid_flax.contestants import Ours
+from hybrid_flax.errors import InputError
+from hybrid_flax.opponents import Timm
+
+PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
+STEPS_A_ROUND = 4  # waited for once, so that the host can run ahead as it does in training
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def rows(models: list[Ours | Timm], batch_sizes: list[int], steps: int) -> Iterator[dict[str, Any]]:
+    """Measures; a row for every batch size, pass and contestant. The first model is the measure.
+
+    A contestant that ran out of memory is left out of larger batches; the table ends with the
+    first model.
+    """
+    repeats, full = min(STEPS_A_ROUND, steps), set()
+    for batch in batch_sizes:
+        for pass_ in PASSES:
+            memory, builders = {}, {}
+            for model in models:
+                builders |= model.builders(batch, pass_, repeats, memory)
+            builders = {who: builders[who] for who in builders if (pass_, who) not in full}
+            ours = models[0].label
+            if ours not in builders:
+                continue
+            race = measuring.race(builders, turns=steps // repeats, repeats=repeats)
+            for who in builders:
+                row = {"batch": batch, "pass": pass_, "who": who}
+                if who in race.failed:
+                    row["failed"] = race.failed[who]
+                    if race.failed[who] == measuring.OUT_OF_MEMORY:
+                        full.add((pass_, who))
+                else:
+                    row["seconds"] = race.seconds[who]
+                    row["images_per_second"] = batch / race.seconds[who]
+                    row["bytes"] = memory.get(who)
+                    if who != ours and ours in race.seconds:
+                        row["ours_is_faster"] = race.seconds[who] / race.seconds[ours]
+                yield row
+
+
+def mfu(row: dict[str, Any], multiply_adds: int, dtype: str) -> float | None:
+    """Model FLOPs over what the chip could do; None for float32 and chips without figures."""
+    chip = measuring.chip()
+    if not chip or dtype != "bfloat16" or "failed" in row:
+        return None
+    return PASSES[row["pass"]] * multiply_adds * row["images_per_second"] / chip.flops
+
+
+HEADER = (
+    f"{'batch':>6}  {'pass':<10} {'who':<14} {'images/s':>9} {'ms':>9} {'MFU':>6} {'GiB':>7}  ours"
+)
+
+
+def show(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    line = f"{row['batch']:>6}  {row['pass']:<10} {row['who']:<14} "
+    if "failed" in row:
+        return line + row["failed"]
+    share = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f}"
+    ratio = f"{row['ours_is_faster']:.2f}×" if "ours_is_faster" in row else ""
+    line += f"{row['images_per_second']:>9.1f} {1e3 * row['seconds']:>9.2f} {share:>6} {memory:>7}"
+    return f"{line}  {ratio}".rstrip()
+
+
+def opponent(against: str, options: argparse.Namespace, ours: Ours) -> Ours | Timm:
+    """The model that `--against` names; raises InputError."""
+    if against == "xla":
+        return make_ours(options, "xla", "xla")
+    repository, _, name = against.removeprefix("torch:").partition("/")
+    if not against.startswith("torch:") or repository != "timm" or not name:
+        raise InputError(
+            f"--against={against}: expected xla, or torch:timm/NAME such as torch:timm/gcvit_base"
+        )
+    return Timm(
+        name,
+        image_size=ours.side,
+        dtype=options.dtype,
+        drop_path=hybrid_flax.model_variant(options.model).drop_path,
+        compile_mode=options.compile_mode,
+    )
+
+
+def make_ours(options: argparse.Namespace, label: str, attention: str) -> Ours:
+    """The model with this implementation of its attention in windows; raises InputError."""
+    fields = {"attention": attention} if has_choice(options.model) else {}
+    if not fields and attention != "auto":
+        raise InputError(
+            f"{options.model} has no attention to choose for: --attention={attention} and "
+            f"--against=xla are for GC ViT, L2ViT, GA-CSWin and the unified models"
+        )
+    return Ours(label, options.model, image_size=options.image_size, dtype=options.dtype, **fields)
+
+
+def has_choice(model: str) -> bool:
+    """Whether the model's attention can be chosen; raises InputError for an unknown name."""
+    return hasattr(hybrid_flax.model_variant(model), "attention")
+
+
+def batch_sizes(text: str) -> list[int]:
+    """For argparse: "32,64" in ascending order."""
+    return sorted({measuring.positive(part) for part in text.split(",")})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="one of hybrid_flax.list_models()")
+    parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
+    parser.add_argument("--image_size", type=measuring.positive, help="default: the model's own")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--attention", choices=("auto", "pallas", "xla"), default="auto")
+    parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
+    parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    parser.add_argument("--steps", type=measuring.positive, default=20, help="of each contestant")
+    options = parser.parse_args(arguments)
+    if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        measuring.check_file("--json", options.json)
+        ours = make_ours(options, "ours", options.attention)
+        models = [ours, *([opponent(options.against, options, ours)] if options.against else [])]
+        return run(options, models)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, models: list[Ours | Timm]) -> int:
+    """Prints, measures, saves. Exit status 1 if the model itself failed, but for want of memory."""
+    ours = models[0]
+    record = {
+        **measuring.record("torch", "timm"),
+        "model": options.model,
+        "image_size": ours.side,
+        "dtype": options.dtype,
+        "parameters": ours.parameters(),
+        "multiply_adds": ours.multiply_adds(),
+        "windows": ours.windows(),
+        "rows": [],
+    }
+    print(
+        f"{options.model} on {record['device']}, {options.dtype}: {record['parameters'] / 1e6:.1f} "
+        f"M parameters, {2 * record['multiply_adds'] / 1e9:.1f} GFLOPs for an image of "
+        f"{ours.side}×{ours.side}"
+    )
+    for entry in record["windows"]:
+        print(
+            f"  {entry['count']:>2} × {entry['shape']}: {entry['kernel'] or 'XLA'}, {entry['why']}"
+        )
+    print(HEADER)
+    for row in rows(models, options.batch_sizes, options.steps):
+        row["mfu"] = mfu(row, record["multiply_adds"], options.dtype)
+        stats = jax.devices()[0].memory_stats() or {}
+        row["device_peak_bytes"] = stats.get("peak_bytes_in_use")  # of this process, until now
+        record["rows"].append(row)
+        print(show(row), flush=True)
+        if options.json:  # after every row: what was measured is not lost when the next fails
+            measuring.save(options.json, record)
+    broken = (row.get("failed") for row in record["rows"] if row["who"] == ours.label)
+    return int(any(why not in (None, measuring.OUT_OF_MEMORY) for why in broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
