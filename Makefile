@@ -1,12 +1,13 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, 14 minutes on two cores with the installation
+# make test         what CI runs, 17 minutes on two cores with the installation
+# make kernels      compiles the kernels for TPUs and an H200, half an hour
 # make parity       all models against the official ones, most of an hour
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test parity lint
+.PHONY: quickstart test parity kernels lint
 
 quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,6 +18,10 @@ test: lint
 parity: $(VENV)/installed
 	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
 
+kernels: $(VENV)/compilers
+	$(RUN) -m tests.compile_kernels $(if $(SAVE),--save=$(SAVE)) $(if $(CHIPS),--chips=$(CHIPS))
+	$(RUN) -m pytest -m kernels
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -26,4 +31,10 @@ $(VENV)/installed: requirements.txt
 	  { echo "hybrid_flax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# The compilers of TPUs and of NVIDIA GPUs, 5 GB. They belong to the JAX that is installed.
+$(VENV)/compilers: $(VENV)/installed
+	$(RUN) -m pip install --quiet libtpu \
+	  "jax[cuda13]==$$($(RUN) -c 'import jax; print(jax.__version__)')"
 	touch $@
