@@ -6,8 +6,6 @@ window begins at a multiple of 8, the hardware's sublanes: a 7×7 window is 7 li
 last of which is padding.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,10 +21,9 @@ from pallas.window_attention.tpu_tiles import (
     STACK_BYTES,
     SUBLANES,
     UNROLLED_TOKENS,
-    VMEM_BYTES,
     Plan,
     Tiles,
-    buffered,
+    call,
     divisors,
     largest_divisor,
     largest_group,
@@ -122,6 +119,7 @@ class WindowKernel(Tiles):
     def __init__(self, geometry: Windows, cut: Plan):
         super().__init__(geometry, cut)
         a, b = geometry.window
+        self.parts = 2 if geometry.shared_query else 3  # of the packed map
         # A strip, one row of windows, lies in float32 as [slabs, lines, places of a line, lanes],
         # one slab for each group of each part: only one register wide can tiles begin anywhere.
         self.strip = (geometry.width, a) if cut.tall else (a, geometry.width)
@@ -190,6 +188,10 @@ class WindowKernel(Tiles):
                 if shift:
                     x = jnp.concatenate([x[length - shift :], x[: length - shift]], axis=0)
                 ref[image, place, :, lanes] = x.astype(ref.dtype)
+
+    def key_slabs(self, group):
+        """Where keys and values of a group lie in the scratch of a strip."""
+        return tuple(part * self.cut.groups + group for part in (self.parts - 2, self.parts - 1))
 
     def clear_padding(self, scratch):
         """Padding takes part with weight 0, which only finite numbers survive."""
@@ -273,55 +275,56 @@ class WindowKernel(Tiles):
         steps = self.cut.images * self.cut.strips
         lax.fori_loop(0, steps, step, 0, unroll=self.unroll(steps, self.columns * self.cut.groups))
 
-    def blocks(self, parts):
-        """Block specs of a packed map [B, H, W, parts·C]: one for each part, or one for all."""
-        cut, geometry = self.cut, self.geometry
-        rows = cut.strips * geometry.window[0]
-        _, _, images, _ = cut.programs
-        width = cut.groups * cut.lanes
-        if not cut.is_split:
-            parts, width = 1, parts * width
 
-        def index(half, channel, image, strip, *_, part):
-            return half * images + image, strip, 0, part * cut.programs[1] + channel
+class _Inputs:
+    """The references that both kernels begin with."""
 
-        shape = (cut.images, rows, geometry.width, width)
-        return [pl.BlockSpec(shape, functools.partial(index, part=part)) for part in range(parts)]
+    def __init__(self, kernel: WindowKernel, refs: list):
+        """Takes its own from the front of `refs`."""
+        geometry, self.kernel = kernel.geometry, kernel
+        self.maps = [refs.pop(0) for _ in range(kernel.parts if kernel.cut.is_split else 1)]
+        self.bias = refs.pop(0) if geometry.has_bias else None
+        self.query = refs.pop(0) if geometry.shared_query else None
+        self.local = refs.pop(0) if geometry.has_local else None
+
+    def read_strip(self, image, strip, scratch):
+        for part, ref in enumerate(self.maps):
+            self.kernel.read_strip(ref, image, strip, scratch, part)
+
+    def load(self, scratch, image, column, group):
+        """Query, key and value of one window and group."""
+        key, value = (
+            self.kernel.load(scratch, slab, column) for slab in self.kernel.key_slabs(group)
+        )
+        if self.query is not None:
+            return self.query[image, :, self.kernel.lanes(group)].astype(jnp.float32), key, value
+        return self.kernel.load(scratch, group, column), key, value
+
+    def bias_of(self, group, rows):
+        return None if self.bias is None else self.bias[group, rows]
 
 
-def _forward_kernel(*refs, kernel: WindowKernel, parts: int):
+def _forward_kernel(*refs, kernel: WindowKernel):
     geometry, cut = kernel.geometry, kernel.cut
     refs = list(refs)
-    maps = [refs.pop(0) for _ in range(parts if cut.is_split else 1)]
-    bias_ref = refs.pop(0) if geometry.has_bias else None
-    query_ref = refs.pop(0) if geometry.shared_query else None
-    local_ref = refs.pop(0) if geometry.has_local else None
+    inputs = _Inputs(kernel, refs)
     out_ref, strip_scratch = refs
     kernel.clear_padding(strip_scratch)
 
     def do_strip(image, strip, place):
-        for part, ref in enumerate(maps):
-            kernel.read_strip(ref, image, strip, strip_scratch, part)
+        inputs.read_strip(image, strip, strip_scratch)
 
         def do_window(column, carry):
             for group in range(cut.groups):
-                lanes = kernel.lanes(group)
-                key_slab, value_slab = (p * cut.groups + group for p in (parts - 2, parts - 1))
-                key = kernel.load(strip_scratch, key_slab, column)
-                value = kernel.load(strip_scratch, value_slab, column)
-                if geometry.shared_query:
-                    query = query_ref[image, :, lanes].astype(jnp.float32)
-                else:
-                    query = kernel.load(strip_scratch, group, column)
+                query, key, value = inputs.load(strip_scratch, image, column, group)
                 out = jnp.zeros(value.shape, jnp.float32)
                 for first, rows in kernel.stacks():
-                    bias = bias_ref[group, rows] if geometry.has_bias else None
-                    queries = kernel.stack(query, first)
+                    bias, queries = inputs.bias_of(group, rows), kernel.stack(query, first)
                     weights, total = kernel.weights(queries, key, bias, place, column)
                     out += kernel.unstack(kernel.dot(weights, value, ((1,), (0,))) / total, first)
                 if geometry.has_local:
                     for tap, moved in kernel.neighbours(value):
-                        out += moved * local_ref[pl.ds(tap, 1), lanes]
+                        out += moved * inputs.local[pl.ds(tap, 1), kernel.lanes(group)]
                 # In place: no other window has these places.
                 kernel.store(strip_scratch, group, column, out)
             return carry
@@ -334,14 +337,10 @@ def _forward_kernel(*refs, kernel: WindowKernel, parts: int):
     kernel.walk(do_strip, pl.program_id(3) * cut.strips)
 
 
-def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
+def _backward_kernel(*refs, kernel: WindowKernel):
     geometry, cut = kernel.geometry, kernel.cut
     refs = list(refs)
-    split = cut.is_split
-    maps = [refs.pop(0) for _ in range(parts if split else 1)]
-    bias_ref = refs.pop(0) if geometry.has_bias else None
-    query_ref = refs.pop(0) if geometry.shared_query else None
-    local_ref = refs.pop(0) if geometry.has_local else None
+    inputs = _Inputs(kernel, refs)
     out_grad_ref, map_grad_ref = refs.pop(0), refs.pop(0)
     bias_grad_ref = refs.pop(0) if geometry.has_bias else None
     query_grad_ref = refs.pop(0) if geometry.shared_query else None
@@ -350,32 +349,23 @@ def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
     scale = geometry.dim**-0.5
 
     def do_strip(image, strip, place):
-        for part, ref in enumerate(maps):
-            kernel.read_strip(ref, image, strip, strip_scratch, part)
+        inputs.read_strip(image, strip, strip_scratch)
         kernel.read_strip(out_grad_ref, image, strip, out_grad_scratch)
 
         def do_window(column, carry):
             for group in range(cut.groups):
-                lanes = kernel.lanes(group)
-                key_slab, value_slab = (p * cut.groups + group for p in (parts - 2, parts - 1))
-                key = kernel.load(strip_scratch, key_slab, column)
-                value = kernel.load(strip_scratch, value_slab, column)
-                if geometry.shared_query:
-                    query = query_ref[image, :, lanes].astype(jnp.float32)
-                else:
-                    query = kernel.load(strip_scratch, group, column)
+                lanes, (key_slab, value_slab) = kernel.lanes(group), kernel.key_slabs(group)
+                query, key, value = inputs.load(strip_scratch, image, column, group)
                 out_grad = kernel.load(out_grad_scratch, group, column)
                 out_grad = jnp.where(kernel.is_token(out_grad.shape, 0), out_grad, 0)
 
                 query_grad = key_grad = value_grad = jnp.zeros(key.shape, jnp.float32)
                 for first, rows in kernel.stacks():
                     queries, out_grads = (kernel.stack(x, first) for x in (query, out_grad))
-                    bias = bias_ref[group, rows] if geometry.has_bias else None
+                    bias = inputs.bias_of(group, rows)
                     weights, total = kernel.weights(queries, key, bias, place, column)
                     weights = weights / total
-                    weight_grads = kernel.dot(out_grads, value, ((1,), (1,)))
-                    mean = (weights * weight_grads).sum(axis=1, keepdims=True)
-                    score_grads = weights * (weight_grads - mean)
+                    score_grads = kernel.softmax_gradient(weights, out_grads, value)
                     if geometry.has_bias:
                         bias_grad_ref[0, group, rows] += score_grads
                     products = kernel.dot(score_grads, key, ((1,), (0,)))
@@ -387,7 +377,7 @@ def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
                         product = (moved * out_grad).sum(axis=0, keepdims=True)
                         local_grad_ref[0, pl.ds(tap, 1), lanes] += product
                     for tap, moved in kernel.neighbours(out_grad):
-                        value_grad += moved * local_ref[pl.ds(8 - tap, 1), lanes]
+                        value_grad += moved * inputs.local[pl.ds(8 - tap, 1), lanes]
                 if geometry.shared_query:
                     query_grad_ref[image, :, lanes] += query_grad
                 else:
@@ -401,7 +391,7 @@ def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
             0, kernel.columns, do_window, 0, unroll=kernel.unroll(kernel.columns, cut.groups)
         )
         kernel.write_strip(map_grad_ref, image, strip, strip_scratch)
-        for part in range(1, len(maps)):
+        for part in range(1, len(inputs.maps)):
             kernel.write_strip(held[0].at[part - 1], image, strip, strip_scratch, part)
 
     image_program, strip_program, part = (pl.program_id(axis) for axis in (2, 3, 4))
@@ -425,7 +415,7 @@ def _backward_kernel(*refs, kernel: WindowKernel, parts: int):
         kernel.clear_padding(out_grad_scratch)
         kernel.walk(do_strip, strip_program * cut.strips)
 
-    if split:
+    if cut.is_split:
         # A block of the packed gradient holds one part: the others are held until their turn.
         @pl.when(part > 0)
         def _():
@@ -449,14 +439,16 @@ def refusal(geometry: Windows, *, every_core: bool) -> str | None:
 
 def forward(geometry: Windows, qkv, bias, query, local_kernel, *, interpret: bool = False):
     """As `window_attention`; [B, H, W, parts, h, d] → [B, H, W, h, d]."""
-    call = _Call(geometry, qkv, backward=False)
-    out = call(
+    blocks = _Blocks(geometry, qkv.shape[0], backward=False)
+    (out,) = call(
         _forward_kernel,
-        call.inputs(qkv, bias, query, local_kernel),
-        [(call.map_spec(1)[0], call.out_shape)],
-        scratch=[call.strip_scratch(call.parts)],
+        blocks.kernel,
+        blocks.inputs(qkv, bias, query, local_kernel),
+        [blocks.map_like(qkv, 1)],
+        scratch=[blocks.strip_scratch(blocks.kernel.parts)],
         interpret=interpret,
-    )[0]
+        name="window_attention_forward",
+    )
     return out.reshape(*qkv.shape[:3], geometry.heads, geometry.dim)
 
 
@@ -464,128 +456,121 @@ def backward(
     geometry: Windows, qkv, bias, query, local_kernel, out_grad, *, interpret: bool = False
 ):
     """The gradients of the four arrays of `forward`, given that of its result."""
-    call = _Call(geometry, qkv, backward=True)
-    cut, parts = call.cut, call.parts
-    inputs = call.inputs(qkv, bias, query, local_kernel)
-    inputs.append((call.map_spec(1)[0], out_grad.reshape(call.out_shape.shape)))
-    width = cut.groups * cut.lanes
-    split = cut.is_split
-    block = (cut.images, cut.strips * geometry.window[0], geometry.width)
-
-    def index(half, channel, image, strip, part):
-        lanes = part * cut.programs[1] + channel if split else 0
-        return half * cut.programs[2] + image, strip, 0, lanes
-
-    outputs = [
-        (
-            pl.BlockSpec((*block, width if split else parts * width), index),
-            jax.ShapeDtypeStruct((*qkv.shape[:3], parts * call.channels), qkv.dtype),
+    blocks = _Blocks(geometry, qkv.shape[0], backward=True)
+    cut, parts = blocks.cut, blocks.kernel.parts
+    spec, shape = blocks.map_like(qkv, 1)
+    inputs = blocks.inputs(qkv, bias, query, local_kernel)
+    inputs.append((spec, out_grad.reshape(shape.shape)))
+    scratch = [blocks.strip_scratch(parts), blocks.strip_scratch(1)]
+    if cut.is_split:
+        scratch.append(pltpu.VMEM((parts - 1, *spec.block_shape), qkv.dtype))
+    packs = [
+        (given, pack, block)
+        for given, pack, block in (
+            (bias, blocks.pack_bias, blocks.bias_grad),
+            (query, blocks.pack_query, blocks.query_grad),
+            (local_kernel, blocks.pack_local, blocks.local_grad),
         )
+        if given is not None
     ]
-    outputs += [
-        (spec, jax.ShapeDtypeStruct(shape, jnp.float32))
-        for spec, shape in (
-            *([call.bias_grad_block()] if geometry.has_bias else []),
-            *([call.query_grad_block()] if geometry.shared_query else []),
-            *([call.local_grad_block()] if geometry.has_local else []),
-        )
-    ]
-    scratch = [call.strip_scratch(parts), call.strip_scratch(1)]
-    if split:
-        scratch.append(pltpu.VMEM((parts - 1, *block, width), qkv.dtype))
-    map_grad, *rest = call(
+    map_grad, *sums = call(
         _backward_kernel,
+        blocks.kernel,
         inputs,
-        outputs,
+        [blocks.map_like(qkv, parts), *(block() for _, _, block in packs)],
         scratch=scratch,
         interpret=interpret,
-        rounds=parts if split else 1,
+        name="window_attention_backward",
+        rounds=parts if cut.is_split else 1,
     )
-    bias_grad = call.unpack_bias(rest.pop(0)) if geometry.has_bias else None
-    query_grad = None
-    if geometry.shared_query:
-        query_grad = call.unpack_query(rest.pop(0)).astype(query.dtype)
-    local_grad = None
-    if geometry.has_local:
-        local_grad = call.unpack_local(rest.pop(0)).astype(local_kernel.dtype)
-    return map_grad.reshape(qkv.shape), bias_grad, query_grad, local_grad
+    grads = iter(_unpacked(pack, given, x) for (given, pack, _), x in zip(packs, sums, strict=True))
+    shared = [None if given is None else next(grads) for given in (bias, query, local_kernel)]
+    return map_grad.reshape(qkv.shape), *shared
 
 
-class _Call:
-    """Blocks and layouts of one `pallas_call`."""
+def _unpacked(pack, given, grad):
+    """The gradient of `given` from that of pack(given), and of each half of the batch."""
+    packed, unpack = jax.vjp(pack, given)
+    if grad.ndim > packed.ndim:
+        grad = grad.sum(0)
+    return unpack(grad.astype(packed.dtype))[0]
 
-    def __init__(self, geometry: Windows, qkv, *, backward: bool):
-        self.geometry = geometry
-        self.batch, self.parts = qkv.shape[0], qkv.shape[3]
-        self.cut = plan(geometry, self.batch, backward=backward)
+
+class _Blocks:
+    """What each program is given of the arrays, and in which layout."""
+
+    def __init__(self, geometry: Windows, batch: int, *, backward: bool):
+        self.geometry, self.batch = geometry, batch
+        self.cut = plan(geometry, batch, backward=backward)
         self.kernel = WindowKernel(geometry, self.cut)
         self.channels = geometry.heads * geometry.dim
-        self.out_shape = jax.ShapeDtypeStruct((*qkv.shape[:3], self.channels), qkv.dtype)
+        self.width = self.cut.groups * self.cut.lanes
 
-    def __call__(self, body, inputs, outputs, *, scratch, interpret, rounds=1):
-        specs, arrays = zip(*inputs, strict=True)
-        out_specs, out_shapes = zip(*outputs, strict=True)
-        specs, out_specs = buffered(specs, self.cut), buffered(out_specs, self.cut)
-        return pl.pallas_call(
-            functools.partial(body, kernel=self.kernel, parts=self.parts),
-            grid=(*self.cut.programs, rounds),
-            in_specs=specs,
-            out_specs=out_specs,
-            out_shape=out_shapes,
-            scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", *("arbitrary",) * 3),
-                vmem_limit_bytes=VMEM_BYTES,
-            ),
-            interpret=interpret,
-            name=body.__name__.strip("_"),
-        )(*arrays)
+    def map(self, lanes: int, part=None) -> pl.BlockSpec:
+        """Of a map; `part` says which of the packed ones, None: the one whose turn it is."""
+        cut, geometry = self.cut, self.geometry
 
-    def map_spec(self, parts):
-        return self.kernel.blocks(parts)
+        def index(half, channel, image, strip, turn):
+            place = (turn if part is None else part) * cut.programs[1] + channel
+            return half * cut.programs[2] + image, strip, 0, place
 
-    def strip_scratch(self, parts):
+        rows = cut.strips * geometry.window[0]
+        return pl.BlockSpec((cut.images, rows, geometry.width, lanes), index)
+
+    def map_like(self, qkv, parts: int):
+        """(block spec, shape) of a map of one part, or of all in turn."""
+        shape = jax.ShapeDtypeStruct((*qkv.shape[:3], parts * self.channels), qkv.dtype)
+        if self.cut.is_split and parts > 1:
+            return self.map(self.width), shape
+        return self.map(parts * self.width, 0), shape
+
+    def strip_scratch(self, parts: int):
         slabs, (lines, _) = parts * self.cut.groups, self.kernel.strip
         shape = (slabs, lines, self.kernel.scratch_length, self.cut.lanes)
         return pltpu.VMEM(shape, jnp.float32)
 
     def inputs(self, qkv, bias, query, local_kernel):
         """[(block spec, array)] of everything that `forward` is given."""
-        packed = qkv.reshape(*qkv.shape[:3], -1)
-        inputs = [(spec, packed) for spec in self.map_spec(self.parts)]
-        width = self.cut.groups * self.cut.lanes
+        cut, packed, parts = self.cut, qkv.reshape(*qkv.shape[:3], -1), self.kernel.parts
+        if cut.is_split:
+            inputs = [(self.map(self.width, part), packed) for part in range(parts)]
+        else:
+            inputs = [(self.map(parts * self.width, 0), packed)]
         if bias is not None:
-            shape = (self.cut.groups, self.cut.heads * self.cut.tokens, self.cut.tokens)
+            shape = (cut.groups, cut.heads * cut.tokens, cut.tokens)
             spec = pl.BlockSpec(shape, lambda half, channel, *_: (channel, 0, 0))
             inputs.append((spec, self.pack_bias(bias)))
         if query is not None:
-            inputs.append((self.query_grad_block()[0], self.pack_query(query)))
+            inputs.append((self.query_grad()[0], self.pack_query(query)))
         if local_kernel is not None:
-            spec = pl.BlockSpec((9, width), lambda half, channel, *_: (0, channel))
+            spec = pl.BlockSpec((9, self.width), lambda half, channel, *_: (0, channel))
             inputs.append((spec, self.pack_local(local_kernel)))
         return inputs
 
-    def bias_grad_block(self):
+    # (block spec, shape) of the gradients of what windows share, for each half of the batch.
+
+    def bias_grad(self):
         cut = self.cut
         shape = (cut.groups, cut.heads * cut.tokens, cut.tokens)
         spec = pl.BlockSpec((1, *shape), lambda half, channel, *_: (half, channel, 0, 0))
-        return spec, (cut.programs[0], shape[0] * cut.programs[1], *shape[1:])
+        whole = (cut.programs[0], shape[0] * cut.programs[1], *shape[1:])
+        return spec, jax.ShapeDtypeStruct(whole, jnp.float32)
 
-    def query_grad_block(self):
+    def query_grad(self):
         cut = self.cut
 
         def index(half, channel, image, *_):
             return half * cut.programs[2] + image, 0, channel
 
-        spec = pl.BlockSpec((cut.images, cut.tokens, cut.groups * cut.lanes), index)
-        return spec, (self.batch, cut.tokens, self.channels)
+        spec = pl.BlockSpec((cut.images, cut.tokens, self.width), index)
+        return spec, jax.ShapeDtypeStruct((self.batch, cut.tokens, self.channels), jnp.float32)
 
-    def local_grad_block(self):
-        width = self.cut.groups * self.cut.lanes
-        spec = pl.BlockSpec((1, 9, width), lambda half, channel, *_: (half, 0, channel))
-        return spec, (self.cut.programs[0], 9, self.channels)
+    def local_grad(self):
+        spec = pl.BlockSpec((1, 9, self.width), lambda half, channel, *_: (half, 0, channel))
+        shape = (self.cut.programs[0], 9, self.channels)
+        return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    # Tokens of a window in the order of a tile, and back.
+    # What windows share, in the order of a tile's tokens.
 
     def to_tile(self, x, axis, fill=0.0):
         """Axes (a, b) at `axis` → one axis of the tile's tokens."""
@@ -597,12 +582,6 @@ class _Call:
         x = jnp.pad(x, padding, constant_values=fill)
         return x.reshape(*x.shape[:axis], cut.tokens, *x.shape[axis + 2 :])
 
-    def from_tile(self, x, axis):
-        cut = self.cut
-        x = x.reshape(*x.shape[:axis], cut.lines, cut.stride, *x.shape[axis + 1 :])
-        x = lax.slice_in_dim(x, 0, cut.length, axis=axis + 1)
-        return jnp.swapaxes(x, axis, axis + 1) if cut.tall else x
-
     def pack_bias(self, bias):
         """[h, N, N] → [groups, heads·tokens, tokens], padded keys masked."""
         window, cut = self.geometry.window, self.cut
@@ -610,23 +589,12 @@ class _Call:
         bias = self.to_tile(self.to_tile(bias, 3, MASKED), 1)
         return bias.reshape(-1, cut.heads * cut.tokens, cut.tokens)
 
-    def unpack_bias(self, grad):
-        cut, tokens = self.cut, self.geometry.window[0] * self.geometry.window[1]
-        grad = grad.sum(0).reshape(-1, cut.tokens, cut.tokens)
-        return self.from_tile(self.from_tile(grad, 2), 1).reshape(-1, tokens, tokens)
-
     def pack_query(self, query):
+        """[B, a, b, h, d] → [B, tokens, C]."""
         return self.to_tile(query.reshape(*query.shape[:3], -1), 1)
 
-    def unpack_query(self, grad):
-        grad = self.from_tile(grad, 1)
-        return grad.reshape(*grad.shape[:3], self.geometry.heads, self.geometry.dim)
-
     def pack_local(self, local_kernel):
+        """[3, 3, h, d] → float32 [9, C]."""
         if self.cut.tall:
             local_kernel = jnp.swapaxes(local_kernel, 0, 1)
         return local_kernel.reshape(9, -1).astype(jnp.float32)
-
-    def unpack_local(self, grad):
-        grad = grad.sum(0).reshape(3, 3, self.geometry.heads, self.geometry.dim)
-        return jnp.swapaxes(grad, 0, 1) if self.cut.tall else grad

@@ -24,10 +24,9 @@ from pallas.window_attention.tpu_tiles import (
     LANES,
     MASKED,
     SUBLANES,
-    VMEM_BYTES,
     Plan,
     Tiles,
-    buffered,
+    call,
     largest_group,
     round_up,
 )
@@ -267,9 +266,7 @@ def _backward_kernel(*refs, kernel: HaloKernel):
                 scores = kernel.scores(queries, key, tables, strip, column)
                 weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
                 weights = weights / weights.sum(axis=1, keepdims=True)
-                weight_grads = kernel.dot(out_grads, value, ((1,), (1,)))
-                mean = (weights * weight_grads).sum(axis=1, keepdims=True)
-                score_grads = weights * (weight_grads - mean)
+                score_grads = kernel.softmax_gradient(weights, out_grads, value)
 
                 query_grad = kernel.dot(score_grads, key, ((1,), (0,))) * scale
                 for axis, table_grad_ref in enumerate((row_grad_ref, column_grad_ref)):
@@ -331,30 +328,32 @@ def refusal(geometry: Halo, *, every_core: bool) -> str | None:
 
 def forward(geometry: Halo, qkv, row_table, column_table, *, interpret: bool = False):
     """As `halo_attention`; [B, H, W, 3, h, d] → [B, H, W, h, d]."""
-    call = _Call(geometry, qkv, backward=False)
-    inputs = call.inputs(qkv, row_table, column_table)
+    blocks = _Blocks(geometry, qkv, backward=False)
+    inputs = blocks.inputs(qkv, row_table, column_table)
     (out,) = call(
         _forward_kernel,
+        blocks.kernel,
         inputs,
-        [call.map_like(qkv, 1)],
-        scratch=call.strips(),
+        [blocks.map_like(qkv, 1)],
+        scratch=blocks.strips(),
         interpret=interpret,
+        name="halo_attention_forward",
     )
     return out.reshape(*qkv.shape[:3], geometry.heads, geometry.dim)
 
 
 def backward(geometry: Halo, qkv, row_table, column_table, out_grad, *, interpret: bool = False):
     """The gradients of the three arrays of `forward`, given that of its result."""
-    call = _Call(geometry, qkv, backward=True)
-    kernel, cut = call.kernel, call.cut
-    inputs = call.inputs(qkv, row_table, column_table)
-    spec, shape = call.map_like(qkv, 1)
+    blocks = _Blocks(geometry, qkv, backward=True)
+    kernel, cut = blocks.kernel, blocks.cut
+    inputs = blocks.inputs(qkv, row_table, column_table)
+    spec, shape = blocks.map_like(qkv, 1)
     inputs.append((spec, out_grad.reshape(shape.shape)))
     table = (kernel.pairs, cut.lanes)
     table_spec = pl.BlockSpec((1, 1, *table), lambda half, channel, *_: (half, channel, 0, 0))
     table_shape = jax.ShapeDtypeStruct((*cut.programs[:2], *table), jnp.float32)
     width = cut.groups * cut.lanes
-    scratch = call.strips()
+    scratch = blocks.strips()
     scratch.append(scratch[0])
     slab = (kernel.padded_height, kernel.key_length, cut.lanes)
     scratch.append(pltpu.VMEM((2 * cut.groups, *slab), jnp.float32))
@@ -363,44 +362,28 @@ def backward(geometry: Halo, qkv, row_table, column_table, out_grad, *, interpre
         scratch.append(pltpu.VMEM(block, qkv.dtype))
     map_grad, *table_grads = call(
         _backward_kernel,
+        kernel,
         inputs,
-        [call.map_like(qkv, 3), (table_spec, table_shape), (table_spec, table_shape)],
+        [blocks.map_like(qkv, 3), (table_spec, table_shape), (table_spec, table_shape)],
         scratch=scratch,
         interpret=interpret,
+        name="halo_attention_backward",
         rounds=3 if cut.is_split else 1,
     )
     row_grad, column_grad = (
-        jax.linear_transpose(call.pack_table, given)(grad.sum((0, 1)))[0]
+        jax.linear_transpose(blocks.pack_table, given)(grad.sum((0, 1)))[0]
         for given, grad in zip((row_table, column_table), table_grads, strict=True)
     )
     return map_grad.reshape(qkv.shape), row_grad, column_grad
 
 
-class _Call:
-    """Blocks and layouts of one `pallas_call`."""
+class _Blocks:
+    """What each program is given of the arrays, and in which layout."""
 
     def __init__(self, geometry: Halo, qkv, *, backward: bool):
         self.geometry = geometry
         self.cut = plan(geometry, qkv.shape[0], backward=backward)
         self.kernel = HaloKernel(geometry, self.cut)
-
-    def __call__(self, body, inputs, outputs, *, scratch, interpret, rounds=1):
-        specs, arrays = zip(*inputs, strict=True)
-        out_specs, out_shapes = zip(*outputs, strict=True)
-        return pl.pallas_call(
-            functools.partial(body, kernel=self.kernel),
-            grid=(*self.cut.programs, rounds),
-            in_specs=buffered(specs, self.cut),
-            out_specs=buffered(out_specs, self.cut),
-            out_shape=out_shapes,
-            scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", *("arbitrary",) * 3),
-                vmem_limit_bytes=VMEM_BYTES,
-            ),
-            interpret=interpret,
-            name="halo" + body.__name__,
-        )(*arrays)
 
     def map_like(self, qkv, parts):
         """(block spec, shape) of a map of one part, or of three in turn."""

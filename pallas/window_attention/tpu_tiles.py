@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas.window_attention.geometry import Halo, Windows
 
@@ -110,16 +111,47 @@ class Tiles:
             preferred_element_type=jnp.float32,
         )
 
+    def softmax_gradient(self, weights, out_grads, value):
+        """Of the scores, from their softmax and the gradient of the result."""
+        weight_grads = self.dot(out_grads, value, ((1,), (1,)))
+        mean = (weights * weight_grads).sum(axis=1, keepdims=True)
+        return weights * (weight_grads - mean)
+
     def unroll(self, steps, windows=1):
         """How many steps of a loop, of so many windows each, are scheduled together."""
         return largest_divisor(steps, UNROLLED_TOKENS // (windows * self.cut.tokens))
 
 
-def buffered(specs, cut: Plan):
-    """Blocks that are loaded while others are used, or not, where memory is short."""
-    if cut.buffers == 2:
-        return list(specs)
-    return [dataclasses.replace(spec, pipeline_mode=pl.Buffered(1)) for spec in specs]
+def call(body, kernel: Tiles, inputs, outputs, *, scratch, interpret, name: str, rounds: int = 1):
+    """Runs a kernel on every program of the plan.
+
+    Args:
+      inputs: (block spec, array) of each.
+      outputs: (block spec, shape) of each.
+      rounds: how often a program is visited, to write one block after another.
+    """
+
+    def buffered(spec):
+        """Loaded while another is used, or not, where memory is short."""
+        once = {"pipeline_mode": pl.Buffered(1)} if kernel.cut.buffers == 1 else {}
+        return dataclasses.replace(spec, **once)
+
+    specs, arrays = zip(*inputs, strict=True)
+    out_specs, out_shapes = zip(*outputs, strict=True)
+    return pl.pallas_call(
+        functools.partial(body, kernel=kernel),
+        grid=(*kernel.cut.programs, rounds),
+        in_specs=[buffered(spec) for spec in specs],
+        out_specs=[buffered(spec) for spec in out_specs],
+        out_shape=out_shapes,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", *("arbitrary",) * 3),
+            vmem_limit_bytes=VMEM_BYTES,
+        ),
+        interpret=interpret,
+        name=name,
+    )(*arrays)
 
 
 def largest_group(heads: int, dim: int) -> int:
