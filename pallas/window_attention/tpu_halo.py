@@ -19,17 +19,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.window_attention.geometry import Halo
-from pallas.window_attention.tpu_tiles import (
+from pallas.window_attention.tpu_plan import (
     BUDGETS,
     LANES,
     MASKED,
     SUBLANES,
     Plan,
-    Tiles,
-    call,
     largest_group,
     round_up,
 )
+from pallas.window_attention.tpu_tiles import Tiles, call
 
 
 def plan(geometry: Halo, batch: int, *, backward: bool, budgets=BUDGETS) -> Plan | None:

@@ -7,7 +7,6 @@ all heads, [heads·tokens, tokens], and nothing ever moves across lanes.
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,46 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.window_attention.geometry import Halo, Windows
-
-LANES = 128
-SUBLANES = 8
-MASKED = -1e30
-BLOCK_BYTES = 5 * 2**19  # about how much of the packed map one program takes
-STACK_BYTES = 2**20  # of the scores of the heads that are computed in one product
-UNROLLED_TOKENS = 512  # of windows side by side in the schedule, so that their latencies overlap
-# What a program may take of a core's vector memory, by our own count, which leaves out temporaries:
-# v4 has 16 MiB, v5p 64 and v5e and v6e 128.
-BUDGETS = (14 * 2**20, 40 * 2**20, 90 * 2**20)
-VMEM_BYTES = 120 * 2**20
-
-
-class Plan(NamedTuple):
-    """How a shape is cut into programs.
-
-    `tall` windows, higher than wide, are walked column by column: their lines are columns.
-    """
-
-    tall: bool
-    lines: int  # of a window
-    length: int  # of a line, in tokens
-    stride: int  # of a line in a tile: length rounded up to sublanes
-    heads: int  # of a group
-    stacked: int  # heads of a group whose scores are computed at once
-    lanes: int  # of a group
-    groups: int  # of a program
-    programs: tuple[int, int, int, int]  # halves of the batch, channels, images, rows of windows
-    images: int  # of a program
-    strips: int  # rows of windows of a program
-    buffers: int  # of each block: 2 to load one while another is used
-
-    @property
-    def tokens(self) -> int:
-        return self.lines * self.stride
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the parts of the packed map come as separate blocks."""
-        return self.programs[1] > 1
+from pallas.window_attention.tpu_plan import (
+    UNROLLED_TOKENS,
+    VMEM_BYTES,
+    Plan,
+    largest_divisor,
+)
 
 
 class Tiles:
@@ -152,20 +117,3 @@ def call(body, kernel: Tiles, inputs, outputs, *, scratch, interpret, name: str,
         interpret=interpret,
         name=name,
     )(*arrays)
-
-
-def largest_group(heads: int, dim: int) -> int:
-    """How many heads share the lanes."""
-    return largest_divisor(heads, max(LANES, dim) // dim)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in divisors(number) if d <= max(limit, 1))
-
-
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
