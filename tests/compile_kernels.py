@@ -30,8 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_flax.versions import versions
-from pallas.window_attention import gpu
-from pallas.window_attention.choice import tpu_kernels
+from pallas.window_attention.choice import gpu_kernels, tpu_kernels
 from pallas.window_attention.geometry import Halo, Windows
 from tests.pallas.cases import argument_shapes, definition, model_geometries
 
@@ -102,10 +101,13 @@ def _bytes_moved(geometry, name: str, shapes, chip: str) -> dict:
 
 def compile_for_gpu(geometry: Windows | Halo) -> dict:
     """Compiles both passes, or says why there is no kernel."""
-    if refusal := gpu.refusal(geometry):
+    kernels = gpu_kernels(geometry)
+    if refusal := kernels.refusal(geometry):
         return {"refused": refusal}
     shapes = argument_shapes(geometry, BATCH)
-    ours = passes(lambda *a: gpu.forward(geometry, *a), lambda *a: gpu.backward(geometry, *a))
+    ours = passes(
+        lambda *a: kernels.forward(geometry, *a), lambda *a: kernels.backward(geometry, *a)
+    )
     record = {}
     for name, function in ours.items():
         dump = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
@@ -113,8 +115,8 @@ def compile_for_gpu(geometry: Windows | Halo) -> dict:
             path.unlink()
         compiled(function, shapes, "h200")
         codes = sorted(dump.glob("*.ptx"), key=os.path.getmtime)
-        kernels = [path for path in codes if "wgmma" in path.read_text()]
-        record[name] = {"kernels": [_assembled(path) for path in kernels]}
+        ptx = [path for path in codes if "wgmma" in path.read_text()]
+        record[name] = {"kernels": [_assembled(path) for path in ptx]}
     return record
 
 

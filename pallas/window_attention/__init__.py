@@ -5,7 +5,7 @@ stripes and L2ViT's windows; `halo_attention` serves HaloNet's blocks, whose key
 neighbourhood. Both take the NHWC map with query, key and value packed side by side, as one
 projection makes them, and give the NHWC map back.
 
-`reference.py` is the definition, `tpu.py` and `gpu.py` are the kernels, `choice.py` says which of
+`reference.py` is the definition, `tpu*.py` and `gpu*.py` are the kernels, `choice.py` says which of
 them serves what. `pallas/README.md` explains how they work.
 
 Shapes: B images of H×W places, h heads of d channels; windows of a×b places hold N = a·b tokens,
@@ -24,8 +24,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas.window_attention import gpu, reference
-from pallas.window_attention.choice import IMPLEMENTATIONS, PLATFORMS, Choice, choose, tpu_kernels
+from pallas.window_attention import reference
+from pallas.window_attention.choice import (
+    IMPLEMENTATIONS,
+    PLATFORMS,
+    Choice,
+    choose,
+    gpu_kernels,
+    tpu_kernels,
+)
 from pallas.window_attention.geometry import Halo, Windows
 from pallas.window_attention.reference import attention
 
@@ -237,5 +244,5 @@ def _backward(geometry: Windows | Halo, kernel: str, *arrays):
 
 def _module(geometry, kernel: str):
     if kernel == "gpu":
-        return gpu, {}
+        return gpu_kernels(geometry), {}
     return tpu_kernels(geometry), {"interpret": kernel == "tpu interpreted"}

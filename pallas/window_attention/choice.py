@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | TPU | fits into every core since v4 | kernel | kernel | see below |
 | TPU | fits into larger cores only | XLA | kernel | a program must compile wherever it is sent |
-| GPU | those that `gpu.py` serves | XLA | kernel | until it is measured to be faster |
+| GPU | those that `refusal` lets pass | XLA | kernel | until it is measured to be faster |
 | CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |
 
 On TPUs nothing was measured yet, as none was at hand. The TPU compiler's own estimates say that XLA
@@ -15,7 +15,7 @@ Everything else runs as XLA compiles `reference.py`.
 
 from typing import NamedTuple
 
-from pallas.window_attention import gpu, tpu, tpu_halo
+from pallas.window_attention import gpu, gpu_halo, tpu, tpu_halo
 from pallas.window_attention.geometry import Halo, Windows
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -45,7 +45,7 @@ def choose(implementation: str, platform: str, geometry: Windows | Halo) -> Choi
         return Choice(None, "asked for")
     automatic = implementation == "auto"
     if platform == "cuda":
-        refusal = gpu.refusal(geometry)
+        refusal = gpu_kernels(geometry).refusal(geometry)
         if refusal or automatic:
             return Choice(None, refusal or "the kernel is not yet measured to be faster")
         return Choice("gpu", "asked for")
@@ -62,3 +62,8 @@ def choose(implementation: str, platform: str, geometry: Windows | Halo) -> Choi
 def tpu_kernels(geometry: Windows | Halo):
     """The module with `forward`, `backward` and `refusal` for this geometry."""
     return tpu_halo if isinstance(geometry, Halo) else tpu
+
+
+def gpu_kernels(geometry: Windows | Halo):
+    """The same for GPUs."""
+    return gpu_halo if isinstance(geometry, Halo) else gpu

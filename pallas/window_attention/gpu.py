@@ -19,6 +19,7 @@ map once; partition, shift and reverse are addresses of the tensor memory accele
 
 import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +27,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.window_attention.geometry import Windows
 from pallas.window_attention.gpu_tiles import (
     LOG2E,
+    NEVER,
     Loads,
     Machine,
     Tile,
     Transposed,
     Walk,
+    along_columns,
+    along_rows,
+    foreign,
     launch,
-    opaque_zero,
+    opaque,
     operands,
     round_up,
+    shares,
+    softmax,
     split_refs,
     store_query,
     with_parts,
 )
 
-NEVER = -1e30  # added to scores that must not count
 
-
-def refusal(geometry: Windows | Halo) -> str | None:
+def refusal(geometry: Windows) -> str | None:
     """Why these kernels cannot serve the shape, in one sentence; None if they can."""
-    if isinstance(geometry, Halo):
-        return "the GPU kernels do not serve halo attention yet"
     if geometry.dtype != "bfloat16":
         return f"the GPU kernels compute from bfloat16, not {geometry.dtype}"
     if geometry.dim != 32:
@@ -63,14 +66,6 @@ def refusal(geometry: Windows | Halo) -> str | None:
             "the registers of one product"
         )
     return None
-
-
-def _along_rows(vector, like):
-    return lax.broadcast_in_dim(vector, like.shape, (0,))
-
-
-def _along_columns(vector, like):
-    return lax.broadcast_in_dim(vector, like.shape, (1,))
 
 
 def _hidden(tile: Tile, geometry: Windows, token, place):
@@ -91,16 +86,6 @@ def _hidden(tile: Tile, geometry: Windows, token, place):
     return jnp.where(functools.reduce(jnp.logical_and, seen), 0.0, NEVER) if seen else None
 
 
-def _foreign(tile: Tile, token, index):
-    """Whether a query of a tile belongs to another window, or None if that cannot be."""
-    foreign = []
-    if tile.pitch > tile.columns:
-        foreign.append(lax.rem(token, tile.pitch) >= tile.columns)
-    if tile.count * tile.lines > tile.rows:
-        foreign.append(lax.div(token, tile.pitch) + index * tile.lines >= tile.rows)
-    return functools.reduce(jnp.logical_or, foreign) if foreign else None
-
-
 def _weights(machine, geometry, query, key, bias, place):
     """exp2 of the scores less their maximum, by blocks [64, count]; the sums and maxima [64]."""
     tile, scores = machine.tile, []
@@ -114,21 +99,9 @@ def _weights(machine, geometry, query, key, bias, place):
         if not bias.given or any(geometry.shift):
             token = machine.numbers(*block, reduced=0)
             hidden = _hidden(tile, geometry, token, place)
-            product = product if hidden is None else product + _along_columns(hidden, product)
+            product = product if hidden is None else product + along_columns(hidden, product)
         scores.append(product)
-    highest = functools.reduce(jnp.maximum, (block.max(axis=1) for block in scores))
-    weights = [jnp.exp2(block - _along_rows(highest, block)) for block in scores]
-    return weights, _total(block.sum(axis=1) for block in weights), highest
-
-
-def _shares(machine, sums, tile):
-    """What the weights of a query are multiplied with: nothing if it belongs to another window."""
-    foreign = _foreign(machine.tile, machine.numbers(0, 64, reduced=1), tile)
-    return 1 / sums if foreign is None else jnp.where(foreign, 0.0, 1 / sums)
-
-
-def _total(arrays):
-    return functools.reduce(lambda a, b: a + b, arrays)
+    return softmax(scores)
 
 
 class _Bias:
@@ -149,7 +122,7 @@ class _Bias:
     def __call__(self, first: int, count: int):
         if self.resident is None:
             return self.values
-        return self.machine.read(self.resident.at[opaque_zero(), :, pl.ds(first, count)])
+        return self.machine.read(self.resident.at[opaque(), :, pl.ds(first, count)])
 
 
 class _Local:
@@ -201,10 +174,10 @@ class _Local:
                 start = margin + index * 64 + down * tile.pitch + right
                 place = self.plain.at[pl.ds(start, 64), channels]
                 values = machine.read(place, optimized=False).astype(jnp.float32)
-                sums.append(values * _along_columns(machine.read_row(self.taps.at[tap]), values))
+                sums.append(values * along_columns(machine.read_row(self.taps.at[tap]), values))
             seen = (column + right >= 0) & (column + right < tile.columns)
             factor = jnp.where(seen, 1.0, 0.0)
-            total = total + _total(sums) * _along_rows(factor, sums[0])
+            total = total + functools.reduce(operator.add, sums) * along_rows(factor, sums[0])
         return total
 
 
@@ -244,7 +217,7 @@ def forward(geometry: Windows, qkv, bias=None, query=None, local_kernel=None, *,
 
     `interpret`: False to compile, or the parameters of the interpreter of Mosaic GPU.
     """
-    machine = Machine(Tile.of(geometry.window), geometry.dim, bool(interpret))
+    machine = Machine.of(geometry.window, geometry.dim, bool(interpret))
     shape, several = machine.tile, machine.tile.count > 1
     walk = Walk(len(qkv), geometry, per_multiprocessor=2 if several and bias is not None else 4)
     stages = 1 if several else 3
@@ -271,7 +244,7 @@ def forward(geometry: Windows, qkv, bias=None, query=None, local_kernel=None, *,
             (value,) = loads.wait(2, slot=slot)
             (result,) = machine.products(with_parts(machine, weights, value))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            machine.write(staging, result * _along_rows(1 / sums, result) + local(value, tile))
+            machine.write(staging, result * along_rows(1 / sums, result) + local(value, tile))
             plgpu.commit_smem()
             machine.store(staging, target, place, head * geometry.dim, tile)
             more()(lambda: loads.start(2, index + stages, slot))
@@ -297,7 +270,7 @@ def backward(geometry: Windows, qkv, bias, query, local_kernel, dout, *, interpr
     With P the softmax and S the scores: dV = PᵀdO, dP = dO Vᵀ, dS = P (dP - sum(P dP)),
     dQ = dS K and dK = dSᵀQ, both times d^-0.5.
     """
-    machine = Machine(Tile.of(geometry.window), geometry.dim, bool(interpret))
+    machine = Machine.of(geometry.window, geometry.dim, bool(interpret))
     maps = operands(machine, qkv, query, dout)
     run = _backward_of_one_tile if machine.tile.count == 1 else _backward_of_tiles
     dqkv, dquery, dbias = run(machine, geometry, maps, bias, _taps(local_kernel), interpret)
@@ -340,9 +313,9 @@ def _backward_of_one_tile(machine, geometry, maps, bias, taps, interpret):
             query, key, value, dout = loads.wait(0, 1, 2, 3, slot=slot)
             (weights,), sums, _ = _weights(machine, geometry, query, key, bias, place)
             (dweights,) = machine.products([(dout, Transposed(value))])
-            weights = weights * _along_rows(_shares(machine, sums, tile), weights)
+            weights = weights * along_rows(shares(machine, sums, tile), weights)
             mean = (weights * dweights).sum(axis=1)
-            dscores = weights * (dweights - _along_rows(mean, dweights))
+            dscores = weights * (dweights - along_rows(mean, dweights))
             machine.write(squares.at[0], weights)
             machine.write(squares.at[1], dscores)
             plgpu.commit_smem()
@@ -430,23 +403,23 @@ def _backward_of_queries(machine, walk, maps, bias, facts, interpret):
             weights, sums, highest = _weights(machine, geometry, query, key, bias, place)
             more()(lambda: loads.restart(0, index=index + 1, slot=0))
             value, dout = loads.wait(2, 3, slot=0)
-            shares = _shares(machine, sums, tile)
-            weights = [block * _along_rows(shares, block) for block in weights]
+            share = shares(machine, sums, tile)
+            weights = [block * along_rows(share, block) for block in weights]
             weights = lax.optimization_barrier([block.astype(jnp.bfloat16) for block in weights])
             (out,) = machine.products(with_parts(machine, weights, value))
             mean = (out * machine.matrix(dout)[...].astype(jnp.float32)).sum(axis=1)
             dscores = []
             for part, block in zip(shape.blocks(), weights, strict=True):
                 (dblock,) = machine.products([(dout, Transposed(machine.part(value, *part)))])
-                dblock = block.astype(jnp.float32) * (dblock - _along_rows(mean, dblock))
+                dblock = block.astype(jnp.float32) * (dblock - along_rows(mean, dblock))
                 dscores.append(lax.optimization_barrier(dblock.astype(jnp.bfloat16)))
             more()(lambda: loads.restart(2, index=index + 1, slot=0))
             (dq,) = machine.products(with_parts(machine, dscores, key))
             if shared:
                 dq = dquery = jnp.where(lax.rem(index, walk.per_image) == 0, 0.0, dquery) + dq
             known = highest + jnp.log(sums) * LOG2E
-            foreign = _foreign(shape, machine.numbers(0, 64, reduced=1), tile)
-            known = known if foreign is None else jnp.where(foreign, -NEVER, known)
+            hidden = foreign(machine, tile)
+            known = known if hidden is None else jnp.where(hidden, -NEVER, known)
             for i, fact in enumerate((known, mean)):
                 targets[1].at[i, index, head, pl.ds(tile * 64, 64)][...] = fact
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -516,13 +489,13 @@ def _backward_of_keys(machine, walk, maps, bias, taps, facts, dquery, interpret)
                     [(key, Transposed(query_part))], [(value, Transposed(dout_part))]
                 )
                 highest, mean = (machine.read_row(known.at[i, pl.ds(start, count)]) for i in (0, 1))
-                weights = weights * (scale * LOG2E) - _along_columns(highest, weights)
+                weights = weights * (scale * LOG2E) - along_columns(highest, weights)
                 if bias.given:
                     weights = weights + bias(start, count)
                 if hidden is not None:
-                    weights = weights + _along_rows(hidden, weights)
+                    weights = weights + along_rows(hidden, weights)
                 weights = jnp.exp2(weights)
-                dscores = weights * (dweights - _along_columns(mean, dweights))
+                dscores = weights * (dweights - along_columns(mean, dweights))
                 sums = machine.add_products(
                     sums,
                     (dscores.astype(jnp.bfloat16), query_part),

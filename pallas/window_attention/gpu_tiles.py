@@ -1,6 +1,6 @@
 """Windows of a map on a Hopper GPU: how they lie in shared memory, who walks them, how they move.
 
-`gpu.py` has the kernels made of these.
+`gpu.py` and `gpu_halo.py` have the kernels made of these.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pallas.window_attention.geometry import Windows
 _ALL = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 MULTIPROCESSORS = 132  # of an H100 and an H200
 LOG2E = math.log2(math.e)
+NEVER = -1e30  # added to scores that must not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Walk:
     batch: int
     geometry: Windows
     per_multiprocessor: int
+    halo: int = 0  # how many places the keys reach over a window on each side
 
     @property
     def tile(self) -> Tile:
@@ -163,11 +166,14 @@ class Machine:
     tile: Tile
     dim: int
     interpret: bool
+    margin: tuple[int, int]  # rows and columns around the map
+    around: "Machine | None" = None  # for the neighbourhoods of halo attention
 
-    @property
-    def margin(self) -> tuple[int, int]:
-        """Rows and columns around the map."""
-        return (self.tile.rows + self.tile.lines, self.tile.pitch) if self.interpret else (0, 0)
+    @classmethod
+    def of(cls, window: tuple[int, int], dim: int, interpret: bool) -> "Machine":
+        tile = Tile.of(window)
+        margin = (tile.rows + tile.lines, tile.pitch) if interpret else (0, 0)
+        return cls(tile, dim, interpret, margin)
 
     def widen(self, x):
         (down, across), rest = self.margin, ((0, 0),) * (x.ndim - 3)
@@ -300,6 +306,12 @@ class Machine:
             return buffer.at[pl.ds(first, count)]
         return buffer.at[pl.ds(first // 8, count // 8)]
 
+    def columns(self, buffer, first: int, count: int):
+        """So many columns of a buffer, as a buffer."""
+        if self.interpret:
+            return buffer.at[:, pl.ds(first, count)]
+        return buffer.at[:, pl.ds(first // self.dim, count // self.dim)]
+
     def write(self, buffer, values):
         self.matrix(buffer)[...] = values.astype(jnp.bfloat16)
 
@@ -330,41 +342,43 @@ class Machine:
 class Loads:
     """Query, key, value and dout of one head in shared memory, in `stages` copies each.
 
-    `extents` tells of each whether a CTA needs a tile of the window, "t", or the whole, "w".
+    `extents` tells of each whether a CTA needs a tile of the window, "t", the whole, "w", or the
+    neighbourhood, "n".
     """
 
     @staticmethod
     def scratch(machine, stages: int, extents: str):
-        tokens = {"t": 64, "w": machine.tile.tokens}
-        lines = {"t": machine.tile.lines, "w": machine.tile.rows}
-        buffers = [machine.buffer(stages, rows=tokens[extent]) for extent in extents]
-        return buffers, [machine.barrier(lines[extent], stages) for extent in extents]
+        sizes = [_extent(machine, extent) for extent in extents]
+        buffers = [machine.buffer(stages, rows=rows) for _, rows, _ in sizes]
+        return buffers, [machine.barrier(lines, stages) for _, _, lines in sizes]
 
     def __init__(self, machine, walk, maps, head, tile, scratch, extents: str):
         self.machine, self.walk, self.maps, self.extents = machine, walk, maps, extents
         self.head, self.tile = head, tile
         self.buffers, self.ready = scratch
         for buffer, extent in zip(self.buffers, extents, strict=True):
-            clear(machine, buffer, extent)
+            _clear(buffer, *_extent(machine, extent))
 
     def start(self, part: int, index, slot):
         """Starts the copy of one of them for a window."""
-        heads, shape, place = self.walk.geometry.heads, self.machine.tile, self.walk.place(index)
+        heads, place, extent = self.walk.geometry.heads, self.walk.place(index), self.extents[part]
         qkv, *others = self.maps
         sources = [(qkv, place, part * heads) for part in range(3)]
         if self.walk.geometry.shared_query:
             query, *others = others
             # JAX refuses a slice that it sees to reach beyond the array, as the padding does.
-            corner = (place[0], opaque_zero(), opaque_zero())
+            corner = (place[0], opaque(), opaque())
             sources = [(query, corner, 0), *sources[:2]]
         sources += [(other, place, 0) for other in others]
         source, (image, row, column), channel = sources[part]
-        lines = shape.rows
-        if self.extents[part] == "t":
-            row, lines = row + self.tile * shape.lines, shape.lines
-        channel = (channel + self.head) * self.machine.dim
+        machine, _, lines = _extent(self.machine, extent)
+        if extent == "t":
+            row += self.tile * lines
+        elif extent == "n":
+            row, column = row - self.walk.halo, column - self.walk.halo
+        channel = (channel + self.head) * machine.dim
         buffer, barrier = self.buffers[part].at[slot], self.ready[part].at[slot]
-        self.machine.load(source, (image, row, column), channel, buffer, lines, barrier)
+        machine.load(source, (image, row, column), channel, buffer, lines, barrier)
 
     def restart(self, *parts: int, index, slot):
         """Starts copies into buffers that only products have read since the last commit_smem."""
@@ -387,18 +401,24 @@ class Loads:
         for part in parts:
             plgpu.barrier_wait(self.ready[part].at[slot])
         if self.buffers[0].shape[0] == 1:
-            slot = opaque_zero()
+            slot = opaque()
         return [self.buffers[part].at[slot] for part in parts]
 
 
-def clear(machine, buffer, extent: str):
+def _extent(machine, extent: str):
+    """(the machine that loads it, rows of its buffer, lines of tokens)"""
+    if extent == "t":
+        return machine, 64, machine.tile.lines
+    machine = machine.around if extent == "n" else machine
+    return machine, machine.tile.tokens, machine.tile.rows
+
+
+def _clear(buffer, machine, rows: int, lines: int):
     """Zeros where no window will be written: products with them must be finite."""
-    tile = machine.tile
-    rows, lines = (64, tile.lines) if extent == "t" else (tile.tokens, tile.rows)
-    if lines * tile.pitch == rows:
+    if lines * machine.tile.pitch == rows:
         return
     zeros = machine.registers(jnp.zeros((64, machine.dim), jnp.bfloat16))
-    firsts = tile.whole_blocks() if rows > 64 else [0]
+    firsts = machine.tile.whole_blocks() if rows > 64 else [0]
     for stage, first in itertools.product(range(buffer.shape[0]), firsts):
         machine.write(machine.part(buffer.at[stage], first, 64), zeros)
     plgpu.commit_smem()
@@ -446,12 +466,44 @@ def launch(kernel, walk, out, scratch, interpret):
     )
 
 
-def opaque_zero():
-    """A zero that the compiler does not know, as the index of the only stage of a buffer.
+def along_rows(vector, like):
+    return lax.broadcast_in_dim(vector, like.shape, (0,))
+
+
+def along_columns(vector, like):
+    return lax.broadcast_in_dim(vector, like.shape, (1,))
+
+
+def softmax(scores):
+    """exp2 of blocks [64, count] of scores, less their maximum; the sums and maxima [64]."""
+    highest = functools.reduce(jnp.maximum, (block.max(axis=1) for block in scores))
+    weights = [jnp.exp2(block - along_rows(highest, block)) for block in scores]
+    sums = functools.reduce(operator.add, (block.sum(axis=1) for block in weights))
+    return weights, sums, highest
+
+
+def shares(machine, sums, index):
+    """What the weights of a query are multiplied with: nothing if it belongs to another window."""
+    hidden = foreign(machine, index)
+    return 1 / sums if hidden is None else jnp.where(hidden, 0.0, 1 / sums)
+
+
+def foreign(machine, index):
+    """Whether a query of a tile belongs to another window, or None if that cannot be."""
+    tile, token, reasons = machine.tile, machine.numbers(0, 64, reduced=1), []
+    if tile.pitch > tile.columns:
+        reasons.append(lax.rem(token, tile.pitch) >= tile.columns)
+    if tile.count * tile.lines > tile.rows:
+        reasons.append(lax.div(token, tile.pitch) + index * tile.lines >= tile.rows)
+    return functools.reduce(jnp.logical_or, reasons) if reasons else None
+
+
+def opaque(number: int = 0):
+    """A number that the compiler does not know, to find a buffer by.
 
     It would compute all addresses before the loop over windows and keep them in registers.
     """
-    return lax.optimization_barrier(jnp.int32(0))
+    return lax.optimization_barrier(jnp.int32(number))
 
 
 def round_up(x: int, multiple: int) -> int:

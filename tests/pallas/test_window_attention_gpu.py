@@ -11,12 +11,13 @@ pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas.window_attention import gpu, gpu_tiles
+from pallas.window_attention import gpu_tiles
+from pallas.window_attention.choice import gpu_kernels
 from pallas.window_attention.geometry import Halo, Windows
 from tests.pallas.cases import arrays, definition, distance
 
 # (batch, geometry); heads have 32 channels.
-WINDOWS = {
+CASES = {
     name: (batch, Windows(height, width, heads, 32, window, "bfloat16", **options))
     for name, batch, height, width, heads, window, options in (
         ("7x7, shifted", 1, 14, 14, 1, (7, 7), {"has_bias": True, "shift": (3, 3)}),
@@ -31,13 +32,24 @@ WINDOWS = {
         ("9x5", 1, 9, 5, 1, (9, 5), {"has_bias": True}),
         ("12x12, shifted", 1, 12, 12, 1, (12, 12), {"has_bias": True, "shift": (6, 6)}),
     )
+} | {
+    name: (batch, Halo(height, width, heads, 32, block, halo, "bfloat16"))
+    for name, batch, height, width, heads, block, halo in (
+        ("halo", 2, 7, 14, 1, 7, 3),
+        ("halo of one", 1, 8, 12, 2, 4, 1),
+        ("halo wider than its block", 1, 6, 9, 1, 3, 5),
+        ("halo of the largest block", 1, 16, 8, 1, 8, 4),
+    )
 }
 
 
 def check(name: str, interpret):
-    batch, geometry = WINDOWS[name]
+    batch, geometry = CASES[name]
+    gpu = gpu_kernels(geometry)
     assert gpu.refusal(geometry) is None
     inputs = arrays(geometry, batch)
+    if isinstance(geometry, Halo):  # both the definition and the kernel round the tables
+        inputs = jax.tree.map(lambda x: x.astype(geometry.dtype).astype(x.dtype), inputs)
     shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
     out_grad = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
 
@@ -53,7 +65,7 @@ def check(name: str, interpret):
     assert max(distance(*pair) for pair in zip(computed, wanted, strict=True)) < 1e-2
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, monkeypatch):
     monkeypatch.setattr(gpu_tiles, "MULTIPROCESSORS", 1)  # so that a CTA walks several windows
     gpu_callbacks.reset_gpu_interpret_mode_state()
@@ -63,15 +75,18 @@ def test_interpreted(name, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU of Hopper's kind")
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu(name):
     check(name, False)
 
 
-@pytest.mark.parametrize("name", ["7x7, shifted", "7x7, local", "14x14, shared query", "9x5"])
+@pytest.mark.parametrize(
+    "name", ["7x7, shifted", "7x7, local", "14x14, shared query", "9x5", "halo"]
+)
 def test_lowers_for_hopper(name):
     """To Mosaic's instructions, as far as a machine without CUDA can."""
-    batch, geometry = WINDOWS[name]
+    batch, geometry = CASES[name]
+    gpu = gpu_kernels(geometry)
     inputs = arrays(geometry, batch)
     shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
 
@@ -81,24 +96,28 @@ def test_lowers_for_hopper(name):
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     export = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=unchecked)
     module = export(inputs, jax.ShapeDtypeStruct(shape, jnp.bfloat16)).mlir_module()
-    kernels = 2 if geometry.window == (7, 7) else 3
+    kernels = 3 if geometry.window in ((14, 14), (9, 5)) else 2
     assert module.count("stablehlo.custom_call @mosaic_gpu") == kernels
 
 
+WINDOW = Windows(14, 14, 2, 32, (7, 7), "bfloat16")
+HALO = Halo(28, 28, 2, 32, 7, 3, "bfloat16")
+
+
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("geometry", "change", "why"),
     [
-        ({"dim": 24}, "serve 32 channels per head, not 24"),
-        ({"dtype": "float32"}, "compute from bfloat16, not float32"),
-        ({"height": 34, "width": 34, "window": (17, 17)}, "at most 256 fit"),
-        ({"has_local": True, "shift": (1, 0)}, "local convolution in shifted windows"),
+        (WINDOW, {"dim": 24}, "serve 32 channels per head, not 24"),
+        (WINDOW, {"dtype": "float32"}, "compute from bfloat16, not float32"),
+        (WINDOW, {"height": 34, "width": 34, "window": (17, 17)}, "at most 256 fit"),
+        (WINDOW, {"has_local": True, "shift": (1, 0)}, "local convolution in shifted windows"),
+        (HALO, {"dim": 16}, "serve 32 channels per head, not 16"),
+        (HALO, {"dtype": "float32"}, "compute from bfloat16, not float32"),
+        (HALO, {"block": 14}, "blocks of 14 with a halo of 3 see 20 lines"),
+        (HALO, {"halo": 5}, "blocks of 7 with a halo of 5 see 17 lines"),
     ],
 )
-def test_what_is_refused(change, why):
-    geometry = Windows(14, 14, 2, 32, (7, 7), "bfloat16")
-    assert gpu.refusal(geometry) is None
-    assert why in gpu.refusal(dataclasses.replace(geometry, **change))
-
-
-def test_halo_attention_is_refused():
-    assert "halo attention" in gpu.refusal(Halo(14, 14, 2, 32, 7, 3, "bfloat16"))
+def test_what_is_refused(geometry, change, why):
+    refusal = gpu_kernels(geometry).refusal
+    assert refusal(geometry) is None
+    assert why in refusal(dataclasses.replace(geometry, **change))
