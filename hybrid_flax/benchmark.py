@@ -28,6 +28,7 @@ from hybrid_flax import measuring
 from hybrid_flax.contestants import Ours
 from hybrid_flax.errors import InputError
 from hybrid_flax.opponents import Timm
+from pallas.window_attention import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
 STEPS_A_ROUND = 4  # waited for once, so that the host can run ahead as it does in training
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
     parser.add_argument("--image_size", type=measuring.positive, help="default: the model's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--attention", choices=("auto", "pallas", "xla"), default="auto")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
