@@ -7,8 +7,9 @@
 | GPU | those that `refusal` lets pass | XLA | kernel | until it is measured to be faster |
 | CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |
 
-On TPUs nothing was measured yet, as none was at hand. The TPU compiler's own estimates say that XLA
-moves 10 to 30 times the bytes and takes several times as long (`benchmarks/results`).
+On TPUs nothing was measured yet, as none was at hand. By the compiler's estimates for a v5e, XLA
+moves 19 to 125 times the bytes that the kernels must
+(`benchmarks/results/kernels_compiled.json`).
 
 Everything else runs as XLA compiles `reference.py`.
 """
