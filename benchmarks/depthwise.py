@@ -3,21 +3,22 @@
 python -m benchmarks.depthwise [--save=FILE]
 
 Times are medians in milliseconds of forward, and of forward and backward together, float32 on CPUs
-and bfloat16 elsewhere. Each round runs every contestant once, so that noise hits all alike.
+and bfloat16 elsewhere.
 """
 
 import argparse
-import json
+import functools
+import importlib.util
 import pathlib
-import platform
-import time
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrid_flax import measuring
+from hybrid_flax.errors import InputError
 from hybrid_flax.layers import convolutions
-from hybrid_flax.versions import versions
 
 # (batch, side, channels, kernel): the stages of GC ViT and GLNet, CSWin's and the 7×7 of ConvNeXt.
 SHAPES = (
@@ -26,82 +27,97 @@ SHAPES = (
     (8, 56, 96, 7),
     (8, 14, 384, 7),
 )
-ROUNDS = 15
+PASSES = ("forward", "forward + backward")
+FORMULATIONS = {
+    "shifted_sum": convolutions.depthwise_as_shifted_sum,
+    "grouped_conv": convolutions.depthwise_as_grouped_conv,
+}
+TURNS = 15
 
 
-def contestants(batch: int, side: int, channels: int, size: int, dtype):
-    """{name: function without arguments}, for forward and for forward and backward."""
+def contestants(shape: tuple[int, int, int, int], dtype: str, backward: bool):
+    """{name: what builds it}, for `measuring.race`."""
+    batch, side, channels, size = shape
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, side, side, channels)).astype(np.float32)
     kernel = rng.normal(size=(size, size, 1, channels)).astype(np.float32)
+    builders = {
+        name: functools.partial(build, formulation, x, kernel, dtype, backward)
+        for name, formulation in FORMULATIONS.items()
+    }
+    if importlib.util.find_spec("torch"):
+        builders["pytorch"] = functools.partial(build_torch, x, kernel, dtype, backward)
+    return builders
+
+
+def build(formulation, x, kernel, dtype: str, backward: bool):
+    """One of ours."""
     arrays = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    forward, both = {}, {}
-    for name in ("shifted_sum", "grouped_conv"):
-        function = getattr(convolutions, f"depthwise_as_{name}")
 
-        def loss(x, kernel, function=function):
-            return function(x, kernel).astype(jnp.float32).sum()
+    def loss(x, kernel):
+        return formulation(x, kernel).astype(jnp.float32).sum()
 
-        run, grad = jax.jit(function), jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        forward[name] = lambda run=run: jax.block_until_ready(run(*arrays))
-        both[name] = lambda grad=grad: jax.block_until_ready(grad(*arrays))
-    try:
-        import torch
-    except ImportError:
-        return forward, both
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.float32 if dtype == jnp.float32 else torch.bfloat16
-    tx = torch.tensor(x.transpose(0, 3, 1, 2), device=device, dtype=kind)
-    tx = tx.to(memory_format=torch.channels_last).requires_grad_()
-    tk = torch.tensor(kernel.transpose(3, 2, 0, 1), device=device, dtype=kind).requires_grad_()
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if backward else formulation)
+    return lambda: jax.block_until_ready(program(*arrays))
 
-    def wait(value):
-        if device == "cuda":
+
+def build_torch(x, kernel, dtype: str, backward: bool):
+    """PyTorch's, in the layout that it is fastest in."""
+    import torch
+
+    options = {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": getattr(torch, dtype),
+        "requires_grad": backward,
+    }
+    x = torch.tensor(x, **options).permute(0, 3, 1, 2)  # still channels last in memory
+    kernel = torch.tensor(kernel.transpose(3, 2, 0, 1), **options)
+    convolve = functools.partial(
+        torch.nn.functional.conv2d, padding=kernel.shape[-1] // 2, groups=len(kernel)
+    )
+
+    def run():
+        with torch.inference_mode(not backward):
+            out = convolve(x, kernel)
+            if backward:
+                torch.autograd.grad(out.float().sum(), (x, kernel))
+        if out.is_cuda:
             torch.cuda.synchronize()
-        return value
 
-    def torch_forward():
-        return torch.nn.functional.conv2d(tx, tk, padding=size // 2, groups=channels)
-
-    def torch_inference():
-        with torch.inference_mode():
-            return wait(torch_forward())
-
-    forward["pytorch"] = torch_inference
-    both["pytorch"] = lambda: wait(torch.autograd.grad(torch_forward().float().sum(), (tx, tk)))
-    return forward, both
+    return run
 
 
-def measure(functions) -> dict[str, float]:
-    """{name: median milliseconds}"""
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: round(float(np.median(values)), 3) for name, values in times.items()}
+def show(row: dict) -> str:
+    """A line for people."""
+    cells = [f"{who} {1e3 * seconds:.2f}" for who, seconds in row["seconds"].items()]
+    cells += [f"{who}: {why}" for who, why in row["failed"].items()]
+    batch, side, channels, size = row["shape"]
+    name = f"{batch}×{side}×{side}×{channels}, {size}×{size}"
+    return f"{name:<16}  {row['pass']:<18}  " + "   ".join(cells)
 
 
-def main():
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    record = {"machine": platform.machine(), "versions": versions(), "dtype": dtype.__name__}
-    rows = record["rows"] = []
+    options = parser.parse_args(arguments)
+    try:
+        measuring.check_file("--save", options.save)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    record = {**measuring.record("torch"), "dtype": dtype, "rows": []}
+    print(f"{record['device']}, {dtype}; milliseconds")
     for shape in SHAPES:
-        for what, functions in zip(
-            ("forward", "forward and backward"), contestants(*shape, dtype), strict=True
-        ):
-            times = measure(functions)
-            rows.append({"shape": shape, "what": what, "milliseconds": times})
-            print(f"{shape} {what}: " + ", ".join(f"{k} {v:.2f} ms" for k, v in times.items()))
-    if options.save:
-        options.save.write_text(json.dumps(record, indent=1) + "\n")
+        for backward, name in enumerate(PASSES):
+            race = measuring.race(contestants(shape, dtype, bool(backward)), turns=TURNS)
+            row = {"shape": shape, "pass": name, **race._asdict()}
+            record["rows"].append(row)
+            print(show(row), flush=True)
+            if options.save:  # after every row: what was measured is not lost when the next fails
+                measuring.save(options.save, record)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

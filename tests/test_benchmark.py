@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import depthwise, window_attention_torch
 from benchmarks import window_attention as windows
-from benchmarks import window_attention_torch
 from hybrid_flax import benchmark, measuring
 from hybrid_flax.contestants import Ours, recipe
 from hybrid_flax.models import l2vit
@@ -60,6 +60,7 @@ def test_nothing_but_jax_flax_and_optax_is_imported():
     missing = "torch", "timm", "ml_collections", "grain", "tensorflow_datasets", "clu"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "import benchmarks.depthwise\n"
         "import benchmarks.window_attention, benchmarks.window_attention_torch\n"
         "import hybrid_flax.benchmark as benchmark\n"
         "sys.exit(benchmark.main(['--model=gcvit_b', '--against=torch:timm/gcvit_base']))"
@@ -69,6 +70,26 @@ def test_nothing_but_jax_flax_and_optax_is_imported():
     )
     assert "needs torch and timm: pip install torch timm" in done.stderr, done.stderr
     assert done.returncode == 2
+
+
+# -------------------------------------------------------------------- depthwise convolution
+
+
+def test_depthwise_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(depthwise, "SHAPES", ((2, 6, 8, 3),))
+    file = tmp_path / "depthwise.json"
+    assert depthwise.main([f"--save={file}"]) == 0
+    record = json.loads(file.read_text())
+    assert [(row["shape"], row["pass"]) for row in record["rows"]] == [
+        ([2, 6, 8, 3], "forward"),
+        ([2, 6, 8, 3], "forward + backward"),
+    ]
+    for row in record["rows"]:
+        assert set(row["seconds"]) == {"shifted_sum", "grouped_conv", "pytorch"}
+        assert not row["failed"]
+    assert "2×6×6×8, 3×3" in capsys.readouterr().out
+    assert depthwise.main(["--save=nowhere/x.json"]) == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------- attention in windows
