@@ -28,7 +28,7 @@ from hybrid_flax import measuring
 from hybrid_flax.contestants import Ours
 from hybrid_flax.errors import InputError
 from hybrid_flax.opponents import Timm
-from pallas.window_attention import IMPLEMENTATIONS
+from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
 STEPS_A_ROUND = 4  # waited for once, so that the host can run ahead as it does in training

@@ -14,7 +14,7 @@ from hybrid_flax.data.augment import RandAugment
 from hybrid_flax.data.images import FILTERS
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
-from pallas.window_attention import IMPLEMENTATIONS
+from pallas.dispatch import IMPLEMENTATIONS
 
 
 def _above(low):

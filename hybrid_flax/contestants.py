@@ -17,7 +17,7 @@ from hybrid_flax.flops import count_multiply_adds
 from hybrid_flax.training.losses import loss_for
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
-from pallas.window_attention import recorded
+from pallas.dispatch import recorded
 from pallas.window_attention.geometry import Halo, Windows
 
 CLASSES = 1000

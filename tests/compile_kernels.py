@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_flax.versions import versions
-from pallas.window_attention.choice import gpu_kernels, tpu_kernels
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 from tests.pallas.cases import argument_shapes, definition, model_geometries
 
@@ -65,11 +65,9 @@ def passes(forward, backward):
 
 def compile_for_tpu(geometry: Windows | Halo, chip: str, against_xla: bool = False) -> dict:
     """Compiles both passes. Raises what the compiler raises."""
-    kernels = tpu_kernels(geometry)
+    module = kernels(geometry).tpu
     shapes = argument_shapes(geometry, BATCH)
-    ours = passes(
-        lambda *a: kernels.forward(geometry, *a), lambda *a: kernels.backward(geometry, *a)
-    )
+    ours = passes(lambda *a: module.forward(geometry, *a), lambda *a: module.backward(geometry, *a))
     record = {}
     for name, function in ours.items():
         compiled(function, shapes, chip)
@@ -101,13 +99,11 @@ def _bytes_moved(geometry, name: str, shapes, chip: str) -> dict:
 
 def compile_for_gpu(geometry: Windows | Halo) -> dict:
     """Compiles both passes, or says why there is no kernel."""
-    kernels = gpu_kernels(geometry)
-    if refusal := kernels.refusal(geometry):
+    module = kernels(geometry).gpu
+    if refusal := module.refusal(geometry):
         return {"refused": refusal}
     shapes = argument_shapes(geometry, BATCH)
-    ours = passes(
-        lambda *a: kernels.forward(geometry, *a), lambda *a: kernels.backward(geometry, *a)
-    )
+    ours = passes(lambda *a: module.forward(geometry, *a), lambda *a: module.backward(geometry, *a))
     record = {}
     for name, function in ours.items():
         dump = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
@@ -171,7 +167,7 @@ def compile_on(geometry: Windows | Halo, chip: str) -> dict:
     """One case; what a chip is not given by `auto` is not compiled for it."""
     if chip == "h200":
         return compile_for_gpu(geometry)
-    if refusal := tpu_kernels(geometry).refusal(geometry, every_core=True):
+    if refusal := kernels(geometry).tpu.refusal(geometry, every_core=True):
         return {"refused": refusal}
     return compile_for_tpu(geometry, chip, chip == "v5e" and geometry.dtype == "bfloat16")
 

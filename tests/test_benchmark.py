@@ -18,7 +18,8 @@ from hybrid_flax import benchmark, measuring
 from hybrid_flax.contestants import Ours, recipe
 from hybrid_flax.models import l2vit
 from hybrid_flax.training.losses import loss_for, make_loss
-from pallas.window_attention import recorded, window_attention
+from pallas.dispatch import recorded
+from pallas.window_attention import window_attention
 from pallas.window_attention.geometry import Windows
 
 ROOT = pathlib.Path(__file__).parents[1]

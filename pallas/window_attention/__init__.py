@@ -12,33 +12,17 @@ Shapes: B images of H×W places, h heads of d channels; windows of a×b places h
 numbered row-major.
 """
 
-import contextlib
-import contextvars
-import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
+from pallas.dispatch import Argument, run
 from pallas.window_attention import reference
-from pallas.window_attention.choice import (
-    IMPLEMENTATIONS,
-    PLATFORMS,
-    Choice,
-    choose,
-    gpu_kernels,
-    tpu_kernels,
-)
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 from pallas.window_attention.reference import attention
 
-__all__ = ["IMPLEMENTATIONS", "attention", "halo_attention", "recorded", "window_attention"]
-
-_records = contextvars.ContextVar("_records", default=None)
+__all__ = ["attention", "halo_attention", "window_attention"]
 
 
 def window_attention(
@@ -83,12 +67,12 @@ def window_attention(
         )
 
     arguments = (
-        _Argument(qkv, batch=0, heads=4),
-        _Argument(bias, heads=0),
-        _Argument(query, batch=0, heads=3),
-        _Argument(local_kernel, heads=2),
+        Argument(qkv, batch=0, heads=4),
+        Argument(bias, heads=0),
+        Argument(query, batch=0, heads=3),
+        Argument(local_kernel, heads=2),
     )
-    return _run(implementation, geometry, plain, arguments)
+    return run(implementation, geometry, "heads", kernels(geometry), plain, arguments)
 
 
 def halo_attention(
@@ -122,22 +106,8 @@ def halo_attention(
     """
     geometry = Halo.of(qkv, row_table, column_table, block, halo)
     plain = functools.partial(reference.halo_attention, block=block, halo=halo)
-    arguments = (_Argument(qkv, batch=0, heads=4), _Argument(row_table), _Argument(column_table))
-    return _run(implementation, geometry, plain, arguments)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[tuple[Windows | Halo, dict[str, Choice]]]]:
-    """Lists what is traced inside: for every call its geometry, and for each platform what runs it.
-
-    with recorded() as calls:
-        jax.eval_shape(model, images)
-    """
-    token = _records.set(calls := [])
-    try:
-        yield calls
-    finally:
-        _records.reset(token)
+    arguments = (Argument(qkv, batch=0, heads=4), Argument(row_table), Argument(column_table))
+    return run(implementation, geometry, "heads", kernels(geometry), plain, arguments)
 
 
 def _pair(name: str, value) -> tuple[int, int]:
@@ -145,104 +115,3 @@ def _pair(name: str, value) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
         raise ValueError(f"{name}={value!r}: expected a whole number or (height, width)")
     return pair
-
-
-class _Argument(NamedTuple):
-    """An array, or None, and which of its axes count images and heads."""
-
-    array: jax.Array | None
-    batch: int | None = None
-    heads: int | None = None
-
-    def spec(self, batch_axes, heads_axis) -> PartitionSpec:
-        axes = {self.batch: batch_axes, self.heads: heads_axis}
-        return PartitionSpec(*(axes.get(axis) for axis in range(jnp.ndim(self.array))))
-
-
-def _run(implementation: str, geometry: Windows | Halo, plain, arguments: Sequence[_Argument]):
-    """Runs on every device's own images and heads, with what `choose` picks for its platform."""
-    given = [argument for argument in arguments if argument.array is not None]
-    mesh, batch_axes, heads_axis = _mesh_axes(given[0].array.shape[0], geometry.heads)
-    if heads_axis:
-        heads = geometry.heads // mesh.shape[heads_axis]
-        geometry = dataclasses.replace(geometry, heads=heads)
-    choices = {platform: choose(implementation, platform, geometry) for platform in PLATFORMS}
-    if (calls := _records.get()) is not None:
-        calls.append((geometry, choices))
-    if not any(choice.kernel for choice in choices.values()):
-        return plain(*(argument.array for argument in arguments))
-
-    def local(*arrays):
-        arrays = iter(arrays)
-        arrays = [None if a.array is None else next(arrays) for a in arguments]
-        kernels = {
-            platform: functools.partial(_kernel, geometry, choice.kernel)
-            for platform, choice in choices.items()
-            if choice.kernel
-        }
-        return jax.lax.platform_dependent(*arrays, default=plain, **kernels)
-
-    arrays = [argument.array for argument in given]
-    if mesh is None:
-        return local(*arrays)
-    return jax.shard_map(
-        local,
-        in_specs=tuple(argument.spec(batch_axes, heads_axis) for argument in given),
-        out_specs=PartitionSpec(batch_axes, None, None, heads_axis),
-        check_vma=False,
-    )(*arrays)
-
-
-def _mesh_axes(batch: int, heads: int):
-    """(mesh, axes that split the images, axis that splits the heads) of the mesh in use.
-
-    The partitioner cannot see into a kernel: it would gather the whole batch on every device. All
-    axes of the mesh split the images but `tensor`, which splits the heads where it can. Without a
-    mesh (`jax.set_mesh`), or inside a `shard_map`, there is nothing to split.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return None, None, None
-    batch_axes = tuple(name for name in mesh.axis_names if name != "tensor")
-    if batch % math.prod(mesh.shape[name] for name in batch_axes):
-        batch_axes = None
-    heads_axis = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
-    if heads_axis and heads % mesh.shape["tensor"]:
-        heads_axis = None
-    return mesh, batch_axes, heads_axis
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel(geometry: Windows | Halo, kernel: str, *arrays):
-    return _forward(geometry, kernel, *arrays)
-
-
-def _kernel_forward(geometry, kernel, *arrays):
-    # Only the arguments are kept: the backward kernel computes the probabilities again.
-    return _forward(geometry, kernel, *arrays), arrays
-
-
-def _kernel_backward(geometry, kernel, arrays, out_grad):
-    return _backward(geometry, kernel, *arrays, out_grad)
-
-
-_kernel.defvjp(_kernel_forward, _kernel_backward)
-
-
-# Compiled functions, so that a model's many equal blocks trace their kernel once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(geometry: Windows | Halo, kernel: str, *arrays):
-    module, options = _module(geometry, kernel)
-    return module.forward(geometry, *arrays, **options)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(geometry: Windows | Halo, kernel: str, *arrays):
-    module, options = _module(geometry, kernel)
-    return module.backward(geometry, *arrays, **options)
-
-
-def _module(geometry, kernel: str):
-    if kernel == "gpu":
-        return gpu_kernels(geometry), {}
-    return tpu_kernels(geometry), {"interpret": kernel == "tpu interpreted"}

@@ -8,8 +8,9 @@ import numpy as np
 
 import hybrid_flax
 from hybrid_flax import bridge
-from pallas.window_attention import recorded, reference
-from pallas.window_attention.choice import tpu_kernels
+from pallas.dispatch import recorded
+from pallas.window_attention import reference
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 
 
@@ -89,10 +90,10 @@ def differences(geometry: Windows | Halo, batch: int = 1) -> list[float]:
 
     @jax.jit
     def computed(inputs):
-        kernels = tpu_kernels(geometry)
-        out = kernels.forward(geometry, *inputs, interpret=True)
+        module = kernels(geometry).tpu
+        out = module.forward(geometry, *inputs, interpret=True)
         given = cotangent.astype(out.dtype)
-        return out, kernels.backward(geometry, *inputs, given, interpret=True)
+        return out, module.backward(geometry, *inputs, given, interpret=True)
 
     pairs = zip(jax.tree.leaves(computed(inputs)), jax.tree.leaves(defined(inputs)), strict=True)
     return [distance(got, want) for got, want in pairs]

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from pallas.dispatch import choose
 from pallas.window_attention import tpu_tiles
-from pallas.window_attention.choice import choose
+from pallas.window_attention.choice import kernels
 from tests.pallas.cases import differences, model_geometries
 
 FAMILIES = ("gcvit_*", "l2vit_*", "ga_cswin_*", "unified_swin_*", "unified_halonet_*")
@@ -19,7 +20,10 @@ def test_every_shape_agrees_with_the_definition(family, monkeypatch):
     assert geometries
     for geometry in geometries:
         trained = dataclasses.replace(geometry, dtype="bfloat16")
-        assert choose("auto", "tpu", trained) == ("tpu", "one pass over the map"), geometry
+        assert choose("auto", "tpu", trained, kernels(trained)) == (
+            "tpu",
+            "one pass over the map",
+        ), geometry
         distances = differences(geometry)
         if max(distances) > 1e-5:
             wrong[geometry] = distances

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hybrid_flax.layers import relative_position_bias
+from pallas.dispatch import choose
 from pallas.window_attention import halo_attention, reference, window_attention
-from pallas.window_attention.choice import choose
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 from tests.pallas.cases import arrays, differences, distance
 from tests.parity import GOLDEN
@@ -195,17 +196,21 @@ def test_what_serves_what():
     fits = Windows(56, 56, 4, 32, (7, 7), "bfloat16", (3, 3), has_bias=True)
     large = Windows(24, 24, 24, 32, (24, 24), "bfloat16", has_bias=True)
     tall = Windows(8, 8, 4, 32, (4, 2), "bfloat16", (1, 0))
-    assert choose("auto", "tpu", fits).kernel == "tpu"
-    assert choose("xla", "tpu", fits).kernel is None
-    assert choose("auto", "cpu", fits).kernel is None
-    assert choose("pallas", "cpu", fits).kernel == "tpu interpreted"
-    assert choose("pallas", "rocm", fits).kernel is None
-    assert choose("auto", "tpu", large).kernel is None
-    assert "vector memory" in choose("auto", "tpu", large).why
-    assert choose("pallas", "tpu", large).kernel == "tpu"
-    assert "higher than wide" in choose("pallas", "tpu", tall).why
+
+    def chosen(implementation, platform, geometry):
+        return choose(implementation, platform, geometry, kernels(geometry))
+
+    assert chosen("auto", "tpu", fits).kernel == "tpu"
+    assert chosen("xla", "tpu", fits).kernel is None
+    assert chosen("auto", "cpu", fits).kernel is None
+    assert chosen("pallas", "cpu", fits).kernel == "tpu interpreted"
+    assert chosen("pallas", "rocm", fits).kernel is None
+    assert chosen("auto", "tpu", large).kernel is None
+    assert "vector memory" in chosen("auto", "tpu", large).why
+    assert chosen("pallas", "tpu", large).kernel == "tpu"
+    assert "higher than wide" in chosen("pallas", "tpu", tall).why
     with pytest.raises(ValueError, match="implementation='cuda': expected one of"):
-        choose("cuda", "tpu", fits)
+        chosen("cuda", "tpu", fits)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas.window_attention import gpu_tiles
-from pallas.window_attention.choice import gpu_kernels
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 from tests.pallas.cases import arrays, definition, distance
 
@@ -45,7 +45,7 @@ CASES = {
 
 def check(name: str, interpret):
     batch, geometry = CASES[name]
-    gpu = gpu_kernels(geometry)
+    gpu = kernels(geometry).gpu
     assert gpu.refusal(geometry) is None
     inputs = arrays(geometry, batch)
     if isinstance(geometry, Halo):  # both the definition and the kernel round the tables
@@ -86,7 +86,7 @@ def test_on_a_gpu(name):
 def test_lowers_for_hopper(name):
     """To Mosaic's instructions, as far as a machine without CUDA can."""
     batch, geometry = CASES[name]
-    gpu = gpu_kernels(geometry)
+    gpu = kernels(geometry).gpu
     inputs = arrays(geometry, batch)
     shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
 
@@ -96,8 +96,8 @@ def test_lowers_for_hopper(name):
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     export = jax.export.export(jax.jit(both), platforms=["cuda"], disabled_checks=unchecked)
     module = export(inputs, jax.ShapeDtypeStruct(shape, jnp.bfloat16)).mlir_module()
-    kernels = 3 if geometry.window in ((14, 14), (9, 5)) else 2
-    assert module.count("stablehlo.custom_call @mosaic_gpu") == kernels
+    count = 3 if name.startswith(("14x14", "9x5")) else 2
+    assert module.count("stablehlo.custom_call @mosaic_gpu") == count
 
 
 WINDOW = Windows(14, 14, 2, 32, (7, 7), "bfloat16")
@@ -118,6 +118,6 @@ HALO = Halo(28, 28, 2, 32, 7, 3, "bfloat16")
     ],
 )
 def test_what_is_refused(geometry, change, why):
-    refusal = gpu_kernels(geometry).refusal
+    refusal = kernels(geometry).gpu.refusal
     assert refusal(geometry) is None
     assert why in refusal(dataclasses.replace(geometry, **change))
