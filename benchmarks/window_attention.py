@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from benchmarks.window_attention_torch import contestants as torch_contestants
 from hybrid_flax import measuring
 from hybrid_flax.errors import InputError
+from pallas.dispatch import choose
 from pallas.window_attention import halo_attention, window_attention
-from pallas.window_attention.choice import choose
+from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
 
 HEAD_DIM = 32
@@ -182,7 +183,9 @@ def jax_contestant(geometry, batch: int, implementation: str, backward: bool, re
 def measure(geometry, batch: int, *, turns: int = TURNS, repeats: int = REPEATS) -> dict:
     """One shape: what `auto` picks, and by pass floor, median seconds, and failures."""
     platform, chip = measuring.platform_name(), measuring.chip()
-    picked, forced = (choose(how, platform, geometry) for how in ("auto", "pallas"))
+    picked, forced = (
+        choose(how, platform, geometry, kernels(geometry)) for how in ("auto", "pallas")
+    )
     row = {"geometry": dataclasses.asdict(geometry), "auto": picked._asdict(), "passes": {}}
     ours = ["pallas"] if forced.kernel and platform != "cpu" else []
     arguments = functools.partial(random_arguments, geometry, batch)

@@ -97,7 +97,7 @@ class Argument(NamedTuple):
 def run(
     implementation: str,
     geometry: Hashable,
-    heads: str,
+    heads: str | None,
     kernels: Kernels,
     plain: Callable,
     arguments: Sequence[Argument],
@@ -106,12 +106,12 @@ def run(
 
     Args:
       geometry: a frozen dataclass of all that kernels must know beforehand.
-      heads: the field of it that counts what the mesh axis `tensor` may split: heads or groups. The
-        result has it before its last axis.
+      heads: the field of it that counts what the mesh axis `tensor` may split, heads or groups.
+        They come before the last axis of the result. None: nothing.
       plain: the definition, of the arrays of `arguments`.
     """
     given = [argument for argument in arguments if argument.array is not None]
-    count = getattr(geometry, heads)
+    count = getattr(geometry, heads) if heads else 1
     mesh, batch_axes, heads_axis = _mesh_axes(given[0].array.shape[0], count)
     if heads_axis:
         geometry = dataclasses.replace(geometry, **{heads: count // mesh.shape[heads_axis]})

@@ -30,9 +30,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_flax.versions import versions
-from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
-from tests.pallas.cases import argument_shapes, definition, model_geometries
+from tests.pallas.cases import argument_shapes, definition, kernels, model_geometries
 
 BATCH = 128
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -1,7 +1,6 @@
 """Building blocks that two or more of the papers share. Feature maps are NHWC."""
 
 from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, pytorch_init
-from hybrid_flax.layers.deformable import deformable_sampling
 from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
 from hybrid_flax.layers.inputs import check_images, training_key
 from hybrid_flax.layers.linear import Mlp, linear, normal_init
@@ -14,6 +13,7 @@ from hybrid_flax.layers.positions import (
     resize_relative_position_bias,
 )
 from hybrid_flax.layers.windows import pad_to_multiple
+from pallas.deformable_conv import deformable_sampling
 from pallas.window_attention import attention, halo_attention, window_attention
 
 __all__ = [

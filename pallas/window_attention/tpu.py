@@ -12,8 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.tpu_core import BUDGETS, SUBLANES, round_up
 from pallas.window_attention.geometry import Windows
-from pallas.window_attention.tpu_plan import BUDGETS, MASKED, SUBLANES, Plan, plan, round_up
+from pallas.window_attention.tpu_plan import MASKED, Plan, plan
 from pallas.window_attention.tpu_tiles import Tiles, call
 
 # ----------------------------------------------------------------- what forward and backward share

@@ -18,16 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.tpu_core import BUDGETS, LANES, SUBLANES, round_up
 from pallas.window_attention.geometry import Halo
-from pallas.window_attention.tpu_plan import (
-    BUDGETS,
-    LANES,
-    MASKED,
-    SUBLANES,
-    Plan,
-    largest_group,
-    round_up,
-)
+from pallas.window_attention.tpu_plan import MASKED, Plan, largest_group
 from pallas.window_attention.tpu_tiles import Tiles, call
 
 

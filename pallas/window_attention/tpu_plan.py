@@ -4,18 +4,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas.tpu_core import BUDGETS, LANES, SUBLANES, round_up
 from pallas.window_attention.geometry import Windows
 
-LANES = 128
-SUBLANES = 8
 MASKED = -1e30
 BLOCK_BYTES = 5 * 2**19  # about how much of the packed map one program takes
 STACK_BYTES = 2**20  # of the scores of the heads that are computed in one product
 UNROLLED_TOKENS = 512  # of windows side by side in the schedule, so that their latencies overlap
-# What a program may take of a core's vector memory, by our own count, which leaves out temporaries:
-# v4 has 16 MiB, v5p 64 and v5e and v6e 128.
-BUDGETS = (14 * 2**20, 40 * 2**20, 90 * 2**20)
-VMEM_BYTES = 120 * 2**20
 
 
 class Plan(NamedTuple):
@@ -137,7 +132,3 @@ def largest_divisor(number: int, limit: int) -> int:
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -8,19 +8,37 @@ import numpy as np
 
 import hybrid_flax
 from hybrid_flax import bridge
-from pallas.dispatch import recorded
-from pallas.window_attention import reference
-from pallas.window_attention.choice import kernels
+from pallas import deformable_conv, window_attention
+from pallas.deformable_conv.geometry import Sampling
+from pallas.dispatch import Kernels, recorded
 from pallas.window_attention.geometry import Halo, Windows
 
+Geometry = Windows | Halo | Sampling
 
-def arrays(geometry: Windows | Halo, batch: int):
-    """The arguments of a kernel, from the normal distribution."""
-    rng, heads, dim = np.random.default_rng(0), geometry.heads, geometry.dim
+
+def kernels(geometry: Geometry) -> Kernels:
+    """The modules that serve a geometry."""
+    if isinstance(geometry, Sampling):
+        return deformable_conv.choice.KERNELS
+    return window_attention.choice.kernels(geometry)
+
+
+def arrays(geometry: Geometry, batch: int):
+    """The arguments of a kernel, from the normal distribution; masks of a sampling sum to 1."""
+    rng = np.random.default_rng(0)
 
     def normal(*shape, dtype="float32"):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
+    if isinstance(geometry, Sampling):
+        *places, channels = out_shape(geometry, batch)
+        map_shape = (batch, geometry.height, geometry.width, geometry.groups, channels)
+        value, offsets = (
+            normal(*shape, dtype=geometry.dtype)
+            for shape in (map_shape, (*places, geometry.points, 2))
+        )
+        return value, offsets, jax.nn.softmax(normal(*places, geometry.points))
+    heads, dim = geometry.heads, geometry.dim
     shape, dtype = (batch, geometry.height, geometry.width), geometry.dtype
     if isinstance(geometry, Halo):
         tables = (normal(2 * geometry.window - 1, dim) for _ in range(2))
@@ -35,15 +53,22 @@ def arrays(geometry: Windows | Halo, batch: int):
     )
 
 
-def argument_shapes(geometry: Windows | Halo, batch: int):
+def out_shape(geometry: Geometry, batch: int) -> tuple[int, ...]:
+    """Of the result."""
+    if isinstance(geometry, Sampling):
+        places = (geometry.out_height, geometry.out_width)
+        return (batch, *places, geometry.groups, geometry.channels)
+    return (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
+
+
+def argument_shapes(geometry: Geometry, batch: int):
     """Shapes of `arrays`, and of the gradient of the result, which is last."""
-    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
     given = jax.eval_shape(lambda: arrays(geometry, batch))
-    return (*given, jax.ShapeDtypeStruct(shape, geometry.dtype))
+    return (*given, jax.ShapeDtypeStruct(out_shape(geometry, batch), geometry.dtype))
 
 
 def model_geometries(pattern: str) -> dict:
-    """{geometry: what `auto` picks by platform} of the models' windows at 224 pixels."""
+    """{geometry: what `auto` picks by platform} of what the models trace at 224 pixels."""
     found = {}
     for name in hybrid_flax.list_models(pattern):
         if hybrid_flax.model_info(name).image_size == 224:
@@ -55,8 +80,11 @@ def model_geometries(pattern: str) -> dict:
     return found
 
 
-def definition(geometry: Windows | Halo):
+def definition(geometry: Geometry):
     """`reference.py` with the arguments of a kernel."""
+    if isinstance(geometry, Sampling):
+        return functools.partial(deformable_conv.reference.deformable_sampling, geometry)
+    reference = window_attention.reference
     if isinstance(geometry, Halo):
         return functools.partial(reference.halo_attention, block=geometry.block, halo=geometry.halo)
 
@@ -73,14 +101,14 @@ def definition(geometry: Windows | Halo):
     return attend
 
 
-def differences(geometry: Windows | Halo, batch: int = 1) -> list[float]:
+def differences(geometry: Geometry, batch: int = 1) -> list[float]:
     """Relative L2 distances of an interpreted TPU kernel's result and gradients.
 
     From the definition in float32, whatever the dtype of the geometry.
     """
     inputs = arrays(geometry, batch)
-    shape = (batch, geometry.height, geometry.width, geometry.heads, geometry.dim)
-    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    cotangent = np.random.default_rng(1).normal(size=out_shape(geometry, batch))
+    cotangent = jnp.asarray(cotangent, jnp.float32)
 
     @jax.jit
     def defined(inputs):

@@ -6,8 +6,7 @@ import pytest
 
 from pallas.dispatch import choose
 from pallas.window_attention import tpu_tiles
-from pallas.window_attention.choice import kernels
-from tests.pallas.cases import differences, model_geometries
+from tests.pallas.cases import differences, kernels, model_geometries
 
 FAMILIES = ("gcvit_*", "l2vit_*", "ga_cswin_*", "unified_swin_*", "unified_halonet_*")
 

@@ -10,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from hybrid_flax.layers import relative_position_bias
 from pallas.dispatch import choose
 from pallas.window_attention import halo_attention, reference, window_attention
-from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
-from tests.pallas.cases import arrays, differences, distance
+from tests.pallas.cases import arrays, differences, distance, kernels
 from tests.parity import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")

@@ -12,9 +12,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas.window_attention import gpu_tiles
-from pallas.window_attention.choice import kernels
 from pallas.window_attention.geometry import Halo, Windows
-from tests.pallas.cases import arrays, definition, distance
+from tests.pallas.cases import arrays, definition, distance, kernels
 
 # (batch, geometry); heads have 32 channels.
 CASES = {

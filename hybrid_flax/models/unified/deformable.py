@@ -30,6 +30,7 @@ class DeformableConv(Mixer):
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups = dim // GROUP_DIM
+        self.implementation = place.attention
         points = self.groups * KERNEL**2
         self.value_proj = linear(dim, dim, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(
@@ -58,5 +59,6 @@ class DeformableConv(Mixer):
             self.offsets(around).reshape(*shape, -1, 2),
             jax.nn.softmax(weights, axis=-1),
             kernel_size=KERNEL,
+            implementation=self.implementation,
         )
         return self.output_proj(out.reshape(x.shape))

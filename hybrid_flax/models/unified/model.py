@@ -67,7 +67,8 @@ class Variant:
     # The trunk of a detector. The authors train it with a drop path of 0.1 (micro), 0.2 (tiny,
     # small) or 0.3 (base).
     detection: bool = False
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
+    # Of windows, halos and deformable sampling: "auto", "pallas" or "xla", see pallas/*/choice.py.
+    attention: str = "auto"
 
 
 class Stem(nnx.Module):
