@@ -17,7 +17,15 @@ pytestmark = [
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize(
-    "model", ["gcvit_b", "l2vit_b", "ga_cswin_s", "unified_swin_base", "unified_halonet_base"]
+    "model",
+    [
+        "gcvit_b",
+        "l2vit_b",
+        "ga_cswin_s",
+        "unified_swin_base",
+        "unified_halonet_base",
+        "unified_internimage_base",
+    ],
 )
 def test_every_shape_compiles(model, chip):
     from tests.compile_kernels import compile_for_tpu
