@@ -10,3 +10,7 @@ VMEM_BYTES = 120 * 2**20
 
 def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(limit, 1))

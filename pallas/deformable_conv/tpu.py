@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.deformable_conv.geometry import Sampling
-from pallas.tpu_core import BUDGETS, LANES, SUBLANES, VMEM_BYTES, round_up
+from pallas.tpu_core import BUDGETS, LANES, SUBLANES, VMEM_BYTES, largest_divisor, round_up
 
 AWAY = -2.0  # a coordinate where nothing is
+TOGETHER = 16  # registers of a row's weights, or of several, that are computed side by side
 
 
 def refusal(geometry: Sampling, *, every_core: bool) -> str | None:
@@ -55,6 +56,9 @@ class Kernel:
             self.block = self.channels
         self.pairs = geometry.groups * geometry.points
         self.tiles = pl.cdiv(geometry.places, LANES)
+        registers = pl.cdiv(geometry.width, SUBLANES)
+        # Tents are loaded once for so many rows, and their products' latencies overlap.
+        self.rows = largest_divisor(geometry.height, TOGETHER // registers)
 
     # -------------------------------------------------------------------------- inside a program
 
@@ -73,7 +77,9 @@ class Kernel:
         return tile * LANES + lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def points(self, offsets, masks, grid, group, tile):
-        """x, y and mask of a group's points, [P, 128] each, and the rows (first, end) they reach.
+        """x, y and mask of a group's points, [P, 128] each, and the (first, end) they reach.
+
+        These count rows of the map, so many together as `rows` says.
 
         Args:
           offsets: [2·G·P, 128], x and y in turn.
@@ -95,8 +101,14 @@ class Kernel:
         top = jnp.floor(y)
         first = jnp.where(reached, top, geometry.height).min()
         end = jnp.where(reached, top + 2, 0.0).max()
-        rows = (jnp.clip(edge, 0, geometry.height).astype(jnp.int32) for edge in (first, end))
-        return x, y, mask, tuple(rows)
+        first, end = (jnp.clip(edge, 0, geometry.height).astype(jnp.int32) for edge in (first, end))
+        return x, y, mask, (lax.div(first, self.rows), lax.div(end + self.rows - 1, self.rows))
+
+    def rows_of(self, step):
+        """(number, the same as a float) of the rows of a step."""
+        for i in range(self.rows):
+            row = step * self.rows + i
+            yield row, row.astype(jnp.float32)
 
     def columns(self):
         """The numbers of the map's columns, [W, 128]."""
@@ -205,15 +217,17 @@ def _forward_kernel(
         for point in range(count):
             tents[point] = tent(column - x[point : point + 1])
 
-        def per_row(row, total):
-            down = mask * tent(row.astype(jnp.float32) - y)
-            weights = down[0:1] * tents[0]
-            for point in range(1, count):
-                weights += down[point : point + 1] * tents[point]
-            return total + kernel.dot(turned[row, own], weights, ((1,), (0,)))
+        def per_step(step, total):
+            for row, at in kernel.rows_of(step):
+                down = mask * tent(at - y)
+                weights = down[0:1] * tents[0]
+                for point in range(1, count):
+                    weights += down[point : point + 1] * tents[point]
+                total += kernel.dot(turned[row, own], weights, ((1,), (0,)))
+            return total
 
         zeros = jnp.zeros((kernel.depth, LANES), jnp.float32)
-        result[own] = lax.fori_loop(first, end, per_row, zeros)
+        result[own] = lax.fori_loop(first, end, per_step, zeros)
         return carry
 
     lax.fori_loop(0, geometry.groups, per_group, 0)
@@ -269,24 +283,28 @@ def _backward_kernel(
         of_channels = jnp.where(kernel.is_own(group, of_channels.shape, 0), of_channels, 0)
         sums[...] = jnp.zeros_like(sums)
 
-        def per_row(row, carry):
-            at = row.astype(jnp.float32)
-            down, down_slope = tent(at - y), slope(at, y)
-            masked = mask * down
-            weight_grads = kernel.dot(value[0, row, :, block], of_channels, ((1,), (0,)))
-            weights = jnp.zeros_like(weight_grads)
-            for point in range(count):
-                one = slice(point, point + 1)
-                weights += masked[one] * tents[point]
-                by_tent = _fold(weight_grads * tents[point])
-                by_slope = _fold(weight_grads * slopes[point])
-                sums[0, point] += down[one] * by_tent
-                sums[1, point] += down[one] * by_slope
-                sums[2, point] += down_slope[one] * by_tent
-            total[row, :, block] += kernel.dot(weights, of_places, ((1,), (0,)))
+        def per_step(step, carry):
+            by_mask, by_x, by_y = ([0.0] * count for _ in range(3))
+            for row, at in kernel.rows_of(step):
+                down, down_slope = tent(at - y), slope(at, y)
+                masked = mask * down
+                weight_grads = kernel.dot(value[0, row, :, block], of_channels, ((1,), (0,)))
+                weights = jnp.zeros_like(weight_grads)
+                for point in range(count):
+                    one = slice(point, point + 1)
+                    weights += masked[one] * tents[point]
+                    by_tent = _fold(weight_grads * tents[point])
+                    by_slope = _fold(weight_grads * slopes[point])
+                    by_mask[point] += down[one] * by_tent
+                    by_x[point] += down[one] * by_slope
+                    by_y[point] += down_slope[one] * by_tent
+                total[row, :, block] += kernel.dot(weights, of_places, ((1,), (0,)))
+            for point, grads in enumerate(zip(by_mask, by_x, by_y, strict=True)):
+                for i, grad in enumerate(grads):
+                    sums[i, point] += grad
             return carry
 
-        lax.fori_loop(first, end, per_row, 0)
+        lax.fori_loop(first, end, per_step, 0)
         by_mask, by_x, by_y = (sums[i].sum(1) for i in range(3))
         weighed_grad[pl.ds(count * group, count)] = by_mask
         for axis, grad in enumerate((by_x, by_y)):

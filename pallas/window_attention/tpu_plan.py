@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas.tpu_core import BUDGETS, LANES, SUBLANES, round_up
+from pallas.tpu_core import BUDGETS, LANES, SUBLANES, largest_divisor, round_up
 from pallas.window_attention.geometry import Windows
 
 MASKED = -1e30
@@ -124,10 +124,6 @@ def _strip_bytes(geometry: Windows, cut: Plan) -> int:
 def largest_group(heads: int, dim: int) -> int:
     """How many heads share the lanes."""
     return largest_divisor(heads, max(LANES, dim) // dim)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in divisors(number) if d <= max(limit, 1))
 
 
 def divisors(number: int) -> list[int]:

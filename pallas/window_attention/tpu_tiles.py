@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu_core import VMEM_BYTES
+from pallas.tpu_core import VMEM_BYTES, largest_divisor
 from pallas.window_attention.geometry import Halo, Windows
-from pallas.window_attention.tpu_plan import UNROLLED_TOKENS, Plan, largest_divisor
+from pallas.window_attention.tpu_plan import UNROLLED_TOKENS, Plan
 
 
 class Tiles:
