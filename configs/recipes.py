@@ -26,7 +26,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.image_size = info.image_size
     model.dtype = "bfloat16"  # of the computation; parameters and optimizer are float32
     model.drop_path = hybrid_flax.model_variant(name).drop_path
-    model.attention = "auto"  # in windows; or "pallas", "xla": pallas/window_attention/choice.py
+    model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
     model.overrides = ConfigDict()  # other fields of the family's Variant
 
     config.dataset = dataset = ConfigDict()

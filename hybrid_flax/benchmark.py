@@ -111,7 +111,7 @@ def opponent(against: str, options: argparse.Namespace, ours: Ours) -> Ours | Ti
 
 
 def make_ours(options: argparse.Namespace, label: str, attention: str) -> Ours:
-    """The model with this implementation of its attention in windows; raises InputError."""
+    """The model with this implementation of its operations in `pallas/`; raises InputError."""
     fields = {"attention": attention} if has_choice(options.model) else {}
     if not fields and attention != "auto":
         raise InputError(
@@ -165,7 +165,7 @@ def run(options: argparse.Namespace, models: list[Ours | Timm]) -> int:
         "dtype": options.dtype,
         "parameters": ours.parameters(),
         "multiply_adds": ours.multiply_adds(),
-        "windows": ours.windows(),
+        "operations": ours.operations(),
         "rows": [],
     }
     print(
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace, models: list[Ours | Timm]) -> int:
         f"M parameters, {2 * record['multiply_adds'] / 1e9:.1f} GFLOPs for an image of "
         f"{ours.side}×{ours.side}"
     )
-    for entry in record["windows"]:
+    for entry in record["operations"]:
         print(
             f"  {entry['count']:>2} × {entry['shape']}: {entry['kernel'] or 'XLA'}, {entry['why']}"
         )

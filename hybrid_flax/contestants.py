@@ -17,6 +17,7 @@ from hybrid_flax.flops import count_multiply_adds
 from hybrid_flax.training.losses import loss_for
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
+from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
 from pallas.window_attention.geometry import Halo, Windows
 
@@ -86,10 +87,10 @@ class Ours:
         apply = bridge.as_function(self._model)
         return count_multiply_adds(apply, self._weights, self._images(1))
 
-    def windows(self) -> list[dict[str, Any]]:
-        """Each kind of attention in windows, how often it occurs, and what runs it here, and why.
+    def operations(self) -> list[dict[str, Any]]:
+        """Each shape of an operation of `pallas/`, how often it occurs, what runs it here, and why.
 
-        Empty for models without, and for those whose windows are not `pallas.window_attention`.
+        Empty for models without.
         """
         with recorded() as calls:
             jax.eval_shape(bridge.as_function(self._model), self._weights, self._images(1))
@@ -162,17 +163,28 @@ class Ours:
         return program, run
 
 
-def describe(geometry: Windows | Halo) -> str:
-    """The shape of windows in words."""
-    text = f"{geometry.height}×{geometry.width}, {geometry.heads} heads of {geometry.dim}, "
-    if isinstance(geometry, Halo):
+def describe(geometry: Windows | Halo | Sampling) -> str:
+    """The shape of an operation in words."""
+    text, extras = f"{geometry.height}×{geometry.width}, ", {}
+    if isinstance(geometry, Sampling):
+        text += f"{geometry.groups} groups of {geometry.channels}, {geometry.points} movable points"
+        dilations = "/".join(map(str, geometry.dilations))
+        extras = {
+            f"stride {geometry.stride}": geometry.stride > 1,
+            f"dilated by {dilations}": max(geometry.dilations) > 1,
+            "without centre": geometry.remove_center,
+        }
+    elif isinstance(geometry, Halo):
         queries, keys = geometry.block, geometry.window
-        return f"{text}{queries}×{queries} queries with {keys}×{keys} keys"
-    text += f"windows {geometry.window[0]}×{geometry.window[1]}"
-    extras = {
-        f"shifted by {geometry.shift[0]}": any(geometry.shift),
-        "bias": geometry.has_bias,
-        "shared query": geometry.shared_query,
-        "local convolution": geometry.has_local,
-    }
+        text += f"{geometry.heads} heads of {geometry.dim}, "
+        text += f"{queries}×{queries} queries with {keys}×{keys} keys"
+    else:
+        text += f"{geometry.heads} heads of {geometry.dim}, "
+        text += f"windows {geometry.window[0]}×{geometry.window[1]}"
+        extras = {
+            f"shifted by {geometry.shift[0]}": any(geometry.shift),
+            "bias": geometry.has_bias,
+            "shared query": geometry.shared_query,
+            "local convolution": geometry.has_local,
+        }
     return ", ".join([text, *(extra for extra, there in extras.items() if there)])

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ import torch
 from benchmarks import depthwise, window_attention_torch
 from benchmarks import window_attention as windows
 from hybrid_flax import benchmark, measuring
-from hybrid_flax.contestants import Ours, recipe
+from hybrid_flax.contestants import Ours, describe, recipe
 from hybrid_flax.models import l2vit
 from hybrid_flax.training.losses import loss_for, make_loss
+from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
 from pallas.window_attention import window_attention
 from pallas.window_attention.geometry import Windows
@@ -243,6 +245,22 @@ def test_recorded_lists_what_is_traced():
     assert set(plain) == {"tpu", "cuda", "cpu"}
 
 
+def test_what_serves_deformable_sampling_is_listed():
+    options = SimpleNamespace(model="unified_internimage_micro", image_size=32, dtype="float32")
+    listed = benchmark.make_ours(options, "ours", "pallas").operations()
+    assert [(entry["count"], entry["shape"]) for entry in listed] == [
+        (2, "8×8, 2 groups of 16, 9 movable points"),
+        (2, "4×4, 4 groups of 16, 9 movable points"),
+        (9, "2×2, 8 groups of 16, 9 movable points"),
+        (2, "1×1, 16 groups of 16, 9 movable points"),
+    ]
+    assert {entry["kernel"] for entry in listed} == {"tpu interpreted"}
+    other = Sampling(9, 8, 5, 4, 2, 8, 3, "float32", 2, dilations=(1, 2), remove_center=True)
+    assert describe(other) == (
+        "9×8, 2 groups of 8, 8 movable points, stride 2, dilated by 1/2, without centre"
+    )
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(l2vit.VARIANTS, "l2vit_t", TINY)
@@ -268,7 +286,7 @@ def test_model_command(tiny, tmp_path, capsys):
     assert training["bytes"] > 4 * 4 * record["parameters"]  # weights, gradients, two moments
     printed = capsys.readouterr().out
     assert "l2vit_t on cpu, float32" in printed
-    assert len(printed.splitlines()) == 4 + len(record["windows"])
+    assert len(printed.splitlines()) == 4 + len(record["operations"])
 
 
 def test_against_xla(tiny, tmp_path, monkeypatch):
@@ -279,8 +297,10 @@ def test_against_xla(tiny, tmp_path, monkeypatch):
     ours, xla = record["rows"]
     assert (ours["who"], xla["who"]) == ("ours", "xla")
     assert xla["ours_is_faster"] == pytest.approx(xla["seconds"] / ours["seconds"])
-    assert {entry["why"] for entry in record["windows"]} == {"there is no kernel for platform cpu"}
-    assert sum(entry["count"] for entry in record["windows"]) == 4
+    assert {entry["why"] for entry in record["operations"]} == {
+        "there is no kernel for platform cpu"
+    }
+    assert sum(entry["count"] for entry in record["operations"]) == 4
 
 
 def test_the_table_ends_at_out_of_memory():
