@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import pathlib
 import platform
@@ -23,11 +24,14 @@ class Chip(NamedTuple):
 
     flops: float  # per second, dense bfloat16 matrix products
     bandwidth: float  # bytes per second, of its main memory
+    l1_bandwidth: float = math.inf  # bytes per second, of all its L1 caches; inf: no limit known
 
+
+L1_H200 = 132 * 128 * 1.755e9  # multiprocessors, bytes a clock, clocks a second; 1.98e9 at most
 
 # By `device_kind`; TPU chips go by two names.
 CHIPS = {
-    "NVIDIA H200": Chip(989.5e12, 4.8e12),
+    "NVIDIA H200": Chip(989.5e12, 4.8e12, L1_H200),
     "TPU v4": Chip(275e12, 1.23e12),
     **dict.fromkeys(("TPU v5e", "TPU v5 lite"), Chip(197e12, 0.82e12)),
     **dict.fromkeys(("TPU v5p", "TPU v5"), Chip(459e12, 2.46e12)),
