@@ -27,7 +27,7 @@ class Chip(NamedTuple):
     l1_bandwidth: float = math.inf  # bytes per second, of all its L1 caches; inf: no limit known
 
 
-L1_H200 = 132 * 128 * 1.755e9  # multiprocessors, bytes a clock, clocks a second; 1.98e9 at most
+L1_H200 = 132 * 128 * 1.98e9  # multiprocessors, bytes a clock, clocks a second at most
 
 # By `device_kind`; TPU chips go by two names.
 CHIPS = {
