@@ -1,6 +1,7 @@
 """Every window of every model at 224 pixels: TPU kernels, interpreted, and the definition."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -8,6 +9,8 @@ from pallas.dispatch import choose
 from pallas.window_attention import tpu_tiles
 from tests.pallas.cases import differences, kernels, model_geometries
 
+# Families share shapes.
+differences = functools.cache(differences)
 FAMILIES = ("gcvit_*", "l2vit_*", "ga_cswin_*", "unified_swin_*", "unified_halonet_*")
 
 

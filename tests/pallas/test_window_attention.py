@@ -100,6 +100,10 @@ ODD = {
         Windows(10, 5, 5, 32, (5, 5), "float32", has_bias=True, shared_query=True),
         2,
     ),
+    "shared query, shifted": (
+        Windows(8, 12, 4, 32, (4, 4), "float32", (2, 1), has_bias=True, shared_query=True),
+        2,
+    ),
     "tall, all at once": (
         Windows(12, 4, 4, 32, (6, 2), "float32", (0, 0), True, True, True),
         2,
@@ -222,16 +226,20 @@ def test_what_serves_what():
         ({"shift": 7}, "shift=(7, 7): expected from 0 to below window=(7, 7)"),
         ({"window": (7, 7, 7)}, "window=(7, 7, 7): expected a whole number or (height, width)"),
         ({"local_kernel": (3, 3, 4, 16)}, "local_kernel is float32[3, 3, 4, 16]: expected"),
-        ({"dtype": jnp.float16}, "qkv is float16: expected bfloat16 or float32"),
+        ({"qkv_dtype": jnp.float16}, "qkv is float16: expected bfloat16 or float32"),
+        ({"bias_dtype": jnp.bfloat16}, "bias is bfloat16[4, 49, 49]: expected float32 [4, 49, 49]"),
+        (
+            {"qkv": (2, 14, 14, 2, 4, 32), "query": (2, 7, 7, 4, 32), "query_dtype": jnp.bfloat16},
+            "query is bfloat16[2, 7, 7, 4, 32]: expected float32 [2, 7, 7, 4, 32]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):
     shapes = {"qkv": (2, 14, 14, 3, 4, 32), "bias": (4, 49, 49)} | changes
-    dtype = shapes.pop("dtype", jnp.float32)
+    dtypes = {name: shapes.pop(f"{name}_dtype", jnp.float32) for name in ("qkv", "bias", "query")}
     options = {"window": shapes.pop("window", 7), "shift": shapes.pop("shift", 0)}
     given = {
-        name: jnp.zeros(shape, dtype if name == "qkv" else jnp.float32)
-        for name, shape in shapes.items()
+        name: jnp.zeros(shape, dtypes.get(name, jnp.float32)) for name, shape in shapes.items()
     }
     with pytest.raises(ValueError) as error:
         window_attention(**given, **options)

@@ -17,7 +17,7 @@ import pytest
 import convert
 import hybrid_flax
 from hybrid_flax import bridge
-from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.training import step as step_module
 from hybrid_flax.training.optimizers import decayed, make_optimizer
 from tests import reference
@@ -70,7 +70,9 @@ def trained(request) -> Trajectory:
             bridge.as_training_function(model), optimizer, schedule, config, mesh
         )
         weights = jax.tree.map(jnp.copy, bridge.get_weights(model))
-        state = step_module.new_state(weights, optimizer, config.ema_decay)
+        state = jax.device_put(
+            step_module.new_state(weights, optimizer, config.ema_decay), replicated(mesh)
+        )
         for i in range(run["steps"]):
             images = reference.images(golden["image_seed"] + i, (run["batch"], *run["size"], 3))
             labels = np.asarray(run["labels"][i], np.int32)

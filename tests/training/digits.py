@@ -1,0 +1,88 @@
+"""Small models that train on the digits, each with its own recipe."""
+
+import functools
+import importlib
+
+import jax
+from flax import nnx
+
+from hybrid_flax import bridge
+from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.data.loader import TrainTransform, train_batches
+from hybrid_flax.data.sources import open_source
+from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
+from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
+from hybrid_flax.training.step import make_train_step, new_state
+
+HEADS = {"gram_dim": 16, "heads": 2}
+STAGES = HEADS | {"depths": (1, 1, 2, 1), "taps": 1}
+
+# The config's model, shrunk: image size, and fields of the family's Variant.
+MODELS = {
+    "gcvit_xxt": (64, {"dim": 32, "depths": (2, 1, 1, 1)}),
+    "l2vit_t": (32, {"dim": 32, "depths": (2, 1, 1, 1)}),
+    "glnet_4g_tklb": (64, {"dim": 32, "depths": (1, 1, 2, 1)}),
+    "ga_convnext_t": (64, STAGES | {"dims": (16, 32, 32, 64)}),
+    "ga_vit_s": (64, HEADS | {"dim": 64, "depth": 2, "head_channels": 2}),
+    "unified_convnext_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
+    "unified_halonet_micro": (224, {"dims": (32, 32, 32, 32), "depths": (1, 1, 1, 1)}),
+    "unified_internimage_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
+    "unified_pvt_micro": (32, {"dims": (32, 32, 80, 64), "depths": (1, 1, 1, 1)}),
+    "unified_swin_micro": (224, {"dims": (32, 32, 32, 32), "depths": (2, 1, 1, 1)}),
+}
+
+
+def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
+    """(step, its first state, batches); `changes` by the config's field with "." as "__"."""
+    config, source = _recipe(name)
+    config.batch_size = batch_size
+    config.update_from_flattened_dict(
+        {field.replace("__", "."): value for field, value in changes.items()}
+    )
+    mesh = make_mesh(jax.devices()[:devices])
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, 1)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(bridge.as_training_function(model), optimizer, schedule, config, mesh)
+    # A copy: the step consumes its state.
+    state = jax.device_put(_first_state(name), replicated(mesh), may_alias=False)
+    batches = train_batches(
+        TrainTransform.from_config(config, source),
+        batch_size=batch_size,
+        seed=config.seed,
+        start_step=0,
+        num_workers=0,
+    )
+    on_devices = (
+        to_devices({field: batch[field] for field in ("image", "label")}, mesh) for batch in batches
+    )
+    return step, state, on_devices
+
+
+def _recipe(name: str):
+    """(config, the digits)"""
+    image_size, overrides = MODELS[name]
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.model.image_size = image_size
+    config.model.dtype = "float32"
+    with config.unlocked():
+        config.model.overrides = overrides
+    config.dataset.name = "digits"
+    config.dataset.num_workers = 0
+    check(config)
+    source = open_source("digits", "", "train")
+    resolve_classes(config, source)
+    return config, source
+
+
+@functools.cache
+def _first_state(name: str):
+    config, _ = _recipe(name)
+
+    @jax.jit
+    def begin():
+        weights = bridge.get_weights(build_model(config, rngs=nnx.Rngs(0)))
+        optimizer = make_optimizer(config.optimizer, lambda step: 0.0)
+        return new_state(weights, optimizer, config.ema_decay)
+
+    return begin()
