@@ -1,6 +1,6 @@
 # make quickstart   train a small model on a laptop, minutes
 # make test         what CI runs, under 20 minutes on two cores with the installation
-# make kernels      compiles the kernels for TPUs and an H200, half an hour
+# make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
 
 PYTHON ?= python3

@@ -7,8 +7,9 @@
 | GPU | all | XLA | XLA | there is no kernel yet |
 | CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |
 
-On TPUs nothing was measured yet, as none was at hand. For 128 images XLA's gathers do not even
-compile on a v5e for the first two stages of the base model: they need 23 to 37 GB.
+On TPUs nothing was measured yet, as none was at hand. By the compiler's count for a v5e, which has
+16 GB, XLA's gathers need 4 to 40 GB besides arguments and result, for 128 images in the base model;
+the kernels' programs need 0.1 to 0.9 GB (`benchmarks/results/kernels_compiled.json`).
 
 `pallas/dispatch.py` reads this table.
 """
