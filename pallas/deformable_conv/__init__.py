@@ -45,7 +45,8 @@ def deformable_sampling(
 
     Args:
       value: [B, H, W, G, C], bfloat16 or float32, G groups of C channels.
-      offsets: [B, Ho, Wo, G, P, 2], the displacement of each point in pixels, (x, y).
+      offsets: [B, Ho, Wo, G, P, 2], the displacement of each point in pixels, (x, y). Ho and Wo are
+        those of a convolution with this kernel, stride and padding.
       mask: [B, Ho, Wo, G, P], the weight of each point.
       kernel_size: K; there are P = K² points.
       stride: of the result's places on the map.
@@ -95,5 +96,5 @@ def deformable_sampling(
     out = run(implementation, geometry, groups, KERNELS, plain, arguments)
     if center_scale is None:
         return out
-    share = center_scale[..., None].astype(jnp.float32)
-    return (out * (1 - share) + value * share).astype(value.dtype)
+    share, sampled, own = (x.astype(jnp.float32) for x in (center_scale[..., None], out, value))
+    return (sampled * (1 - share) + own * share).astype(value.dtype)

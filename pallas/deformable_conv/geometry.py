@@ -46,6 +46,14 @@ class Sampling:
                 f"kernel_size={geometry.kernel_size}, stride={geometry.stride}, dilations="
                 f"{geometry.dilations}: expected a kernel and a stride of at least 1 and a dilation"
             )
+        expected = tuple(geometry._places_along(side) for side in (height, width))
+        if offsets.shape[1:3] != expected:
+            raise ValueError(
+                f"offsets has shape {offsets.shape}, for {offsets.shape[1:3]} places: expected "
+                f"{expected} for the map of value {value.shape}, with kernel_size="
+                f"{geometry.kernel_size}, stride={geometry.stride}, padding={geometry.padding} and "
+                f"dilations={geometry.dilations}"
+            )
         shape = (batch, *offsets.shape[1:3], groups, geometry.points)
         for name, array, wanted in (("offsets", offsets, (*shape, 2)), ("mask", mask, shape)):
             if array.shape != wanted or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -66,6 +74,13 @@ class Sampling:
         """Of the result."""
         return self.out_height * self.out_width
 
+    def _places_along(self, side: int) -> int:
+        """As of a convolution with this kernel; without padding its centre stays on the map."""
+        if self.padding is None:
+            return -(-side // self.stride)
+        spread = max(self.dilations) * (self.kernel_size - 1)
+        return (side + 2 * self.padding - spread - 1) // self.stride + 1
+
     def grid(self) -> np.ndarray:
         """Where the points of each group are without offsets, from their centre; [G, P, 2]."""
         steps = np.arange(self.kernel_size)
@@ -78,8 +93,8 @@ class Sampling:
         """Where the centre of each place lies on the map, (x, y); [Ho, Wo, G, 2]."""
         x, y = np.meshgrid(np.arange(self.out_width), np.arange(self.out_height))
         centers = self.stride * np.stack([x, y], axis=-1)[:, :, None]
-        moved = 0 if self.padding is None else self._reach[:, 0] - self.padding
-        return centers + np.broadcast_to(moved, (self.groups, 1)) if self.groups else centers
+        moved = self._reach[:, 0] - self.padding if self.padding is not None else np.zeros((1, 1))
+        return centers + np.broadcast_to(moved, (self.groups, 1))[None, None]
 
     @property
     def _dilation(self) -> np.ndarray:

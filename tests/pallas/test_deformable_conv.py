@@ -91,9 +91,11 @@ def sample_at(request):
     @jax.value_and_grad
     def sample(position):
         value = jnp.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]).reshape(1, 2, 3, 1, 1)
-        offset, mask = position.reshape(1, 1, 1, 1, 1, 2), jnp.ones((1, 1, 1, 1, 1))
+        first = (0, 0, 0, 0, 0)  # the only place that counts
+        offsets = jnp.zeros((1, 2, 3, 1, 1, 2)).at[first].set(position)
+        mask = jnp.zeros((1, 2, 3, 1, 1)).at[first].set(1.0)
         options = {"kernel_size": 1, "implementation": request.param}
-        return deformable_sampling(value, offset, mask, **options).sum()
+        return deformable_sampling(value, offsets, mask, **options).sum()
 
     def sample_at(x, y):
         value, gradient = sample(jnp.array([x, y], jnp.float32))
@@ -165,6 +167,10 @@ def test_the_centre_feature_scale_mixes_in_the_place_itself():
     mixed = deformable_sampling(*inputs, kernel_size=3, center_scale=share)
     want = plain * (1 - share[..., None]) + inputs[0] * share[..., None]
     np.testing.assert_allclose(mixed, want, atol=1e-6)
+    halves = (x.astype(jnp.bfloat16) for x in inputs)
+    mixed = deformable_sampling(*halves, kernel_size=3, center_scale=share.astype(jnp.bfloat16))
+    assert mixed.dtype == jnp.bfloat16
+    assert distance(mixed, want) < 1e-2
 
 
 # ------------------------------------------------------------------- kernels against the definition
@@ -172,7 +178,7 @@ def test_the_centre_feature_scale_mixes_in_the_place_itself():
 ODD = {
     "offsets far outside": Sampling(13, 20, 13, 20, 1, 16, 3, "float32", offset_scale=30.0),
     "strided": Sampling(11, 8, 6, 4, 4, 4, 3, "float32", stride=2, padding=1, offset_scale=0.5),
-    "padded and dilated": Sampling(9, 8, 13, 12, 1, 16, 5, "float32", padding=4, dilations=(2,)),
+    "padded and dilated": Sampling(9, 8, 13, 12, 1, 16, 5, "float32", padding=6, dilations=(2,)),
     "even kernel": Sampling(6, 7, 5, 6, 2, 8, 2, "float32", padding=0),
     "without centre": Sampling(8, 7, 8, 7, 2, 8, 3, "float32", remove_center=True),
     "two dilations": Sampling(6, 5, 6, 5, 4, 4, 3, "float32", dilations=(1, 2), offset_scale=0.5),
@@ -304,6 +310,12 @@ def test_what_serves_what():
             "offsets is float32[1, 2, 2, 1, 8, 2]: expected floating point [1, 2, 2, 1, 9, 2], to "
             "fit value [1, 2, 2, 1, 4] and the 9 points of kernel_size=3 with remove_center=False",
         ),
+        (
+            {"offsets": (1, 2, 3, 1, 9, 2)},
+            {},
+            "offsets has shape (1, 2, 3, 1, 9, 2), for (2, 3) places: expected (2, 2) for the map",
+        ),
+        ({}, {"padding": 0}, "expected (0, 0) for the map of value (1, 2, 2, 1, 4), with kernel_"),
         ({"mask": (1, 2, 2, 9)}, {}, "mask is float32[1, 2, 2, 9]: expected floating point"),
         ({}, {"kernel_size": 0}, "kernel_size=0, stride=1, dilations=(1,): expected a kernel"),
         ({}, {"remove_center": True}, "the 8 points of kernel_size=3 with remove_center=True"),
