@@ -2,16 +2,17 @@
 
 python -m tests.compile_kernels [--chips=v4,v5e,v5p,v6e,h200] [--models=PATTERN] [--save=FILE]
 
-Every shape of every model at 224 pixels, forward and backward, in bfloat16, and for the TPU with
-the least memory also in float32. TPUs need libtpu, the H200 jax[cuda13]: `make kernels` installs
-both. What compiles is not thereby fast: the figures are the compilers' own. For a TPU they say how
-many bytes XLA's program moves between memory and chip, and how many the kernel does, or, where XLA
-gathers, how much memory the programs need besides arguments and result; for the H200 the kernels'
-registers and spilled bytes.
+Every shape of every model at 224 pixels, and of deformable sampling also at a detector's, forward
+and backward, in bfloat16, and for the TPU with the least memory also in float32. TPUs need libtpu,
+the H200 jax[cuda13]: `make kernels` installs both. What compiles is not thereby fast: the figures
+are the compilers' own. For a TPU they say how many bytes XLA's program moves between memory and
+chip, and how many the kernel does; for the H200 the kernels' registers and spilled bytes. Where XLA
+gathers, they say on both how much memory the programs need besides arguments and result.
 """
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import math
 import os
@@ -30,11 +31,19 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import hybrid_flax
 from hybrid_flax.versions import versions
 from pallas.deformable_conv.geometry import Sampling
-from tests.pallas.cases import Geometry, argument_shapes, definition, kernels, model_geometries
+from tests.pallas.cases import (
+    DETECTION,
+    Geometry,
+    argument_shapes,
+    definition,
+    kernels,
+    model_geometries,
+)
 
-BATCH = 128
+BATCH, DETECTOR_BATCH = 128, 2
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CHIPS = (*TPUS, "h200")
 H200 = pathlib.Path(__file__).parent.parent / "benchmarks" / "targets" / "h200.textproto"
@@ -63,10 +72,10 @@ def passes(forward, backward):
     return {"forward": lambda *a: forward(*a[:-1]), "backward": backward}
 
 
-def compile_for_tpu(geometry: Geometry, chip: str, against_xla: bool = False) -> dict:
+def compile_for_tpu(geometry: Geometry, batch: int, chip: str, against_xla: bool = False) -> dict:
     """Compiles both passes. Raises what the compiler raises."""
     module = kernels(geometry).tpu
-    shapes = argument_shapes(geometry, BATCH)
+    shapes = argument_shapes(geometry, batch)
     ours = passes(lambda *a: module.forward(geometry, *a), lambda *a: module.backward(geometry, *a))
     record = {}
     for name, function in ours.items():
@@ -130,12 +139,12 @@ def _bytes_moved(geometry, name: str, shapes, chip: str) -> dict:
     return {"megabytes": round(moved / 1e6, 1), "megabytes_xla": round(counted / 1e6, 1)}
 
 
-def compile_for_gpu(geometry: Geometry) -> dict:
+def compile_for_gpu(geometry: Geometry, batch: int) -> dict:
     """Compiles both passes, or says why there is no kernel."""
     module = kernels(geometry).gpu
     if refusal := module.refusal(geometry) if module else "there is no kernel for GPUs":
         return {"refused": refusal}
-    shapes = argument_shapes(geometry, BATCH)
+    shapes = argument_shapes(geometry, batch)
     ours = passes(lambda *a: module.forward(geometry, *a), lambda *a: module.backward(geometry, *a))
     record = {}
     for name, function in ours.items():
@@ -144,8 +153,10 @@ def compile_for_gpu(geometry: Geometry) -> dict:
             path.unlink()
         compiled(function, shapes, "h200")
         codes = sorted(dump.glob("*.ptx"), key=os.path.getmtime)
-        ptx = [path for path in codes if "wgmma" in path.read_text()]
+        ptx = [path for path in codes if "mosaic_gpu_kernel" in path.read_text()]
         record[name] = {"kernels": [_assembled(path) for path in ptx]}
+        if isinstance(geometry, Sampling):
+            record[name] |= _memory_needed(geometry, name, function, shapes, "h200")
     return record
 
 
@@ -176,33 +187,36 @@ def main() -> int:
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args()
     rows, failures = [], 0
-    geometries = list(model_geometries(options.models))
-    for geometry in geometries:
+    cases = [(geometry, BATCH) for geometry in model_geometries(options.models)]
+    for name in fnmatch.filter(hybrid_flax.list_models(options.models), "unified_internimage_*"):
+        cases += [(geometry, DETECTOR_BATCH) for geometry in model_geometries(name, DETECTION)]
+    for geometry, batch in cases:
         for chip in options.chips.split(","):
             for dtype in ("bfloat16", "float32") if chip == "v4" else ("bfloat16",):
                 shape = dataclasses.replace(geometry, dtype=dtype)
                 try:
-                    result = compile_on(shape, chip)
+                    result = compile_on(shape, batch, chip)
                 except Exception as error:
                     failures += 1
                     result = {"failed": str(error).splitlines()[0][:300]}
-                rows.append({"chip": chip, **dataclasses.asdict(shape), **result})
+                rows.append({"chip": chip, "batch": batch, **dataclasses.asdict(shape), **result})
                 print(chip, shape, result, flush=True)
-    print(f"{len(geometries)} shapes, {len(rows)} cases, {failures} failures")
+    print(f"{len(cases)} shapes, {len(rows)} cases, {failures} failures")
     if options.save:
         lines = ",\n  ".join(json.dumps(row) for row in rows)
-        head = f'{{"versions": {json.dumps(versions())},\n "batch": {BATCH},\n "rows": [\n  '
+        head = f'{{"versions": {json.dumps(versions())},\n "rows": [\n  '
         options.save.write_text(head + lines + "\n ]}\n")
     return 1 if failures else 0
 
 
-def compile_on(geometry: Geometry, chip: str) -> dict:
+def compile_on(geometry: Geometry, batch: int, chip: str) -> dict:
     """One case; what a chip is not given by `auto` is not compiled for it."""
     if chip == "h200":
-        return compile_for_gpu(geometry)
+        return compile_for_gpu(geometry, batch)
     if refusal := kernels(geometry).tpu.refusal(geometry, every_core=True):
         return {"refused": refusal}
-    return compile_for_tpu(geometry, chip, chip == "v5e" and geometry.dtype == "bfloat16")
+    against_xla = chip == "v5e" and geometry.dtype == "bfloat16"
+    return compile_for_tpu(geometry, batch, chip, against_xla)
 
 
 if __name__ == "__main__":

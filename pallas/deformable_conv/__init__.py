@@ -1,7 +1,7 @@
 """Deformable sampling (DCNv3): a convolution whose taps may move, without its projections.
 
-`reference.py` is the definition, `tpu.py` has the kernels, `choice.py` says which of them serves
-what. `pallas/README.md` explains how they work.
+`reference.py` is the definition, `tpu.py` and `gpu.py` have the kernels, `choice.py` says which of
+them serves what. `pallas/README.md` explains how they work.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@
 |---|---|---|---|---|
 | TPU | fits into every core since v4 | kernel | kernel | see below |
 | TPU | fits into larger cores only | XLA | kernel | a program must compile wherever it is sent |
-| GPU | all | XLA | XLA | there is no kernel yet |
+| GPU | groups of 8, 16, 24 or 32 channels | XLA | kernel | not yet measured to be faster |
+| GPU | others | XLA | XLA | a lane moves 16 bytes, and holds a group in its registers |
 | CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |
 
 On TPUs nothing was measured yet, as none was at hand. By the compiler's count for a v5e, which has
@@ -14,7 +15,7 @@ the kernels' programs need 0.1 to 0.9 GB (`benchmarks/results/kernels_compiled.j
 `pallas/dispatch.py` reads this table.
 """
 
-from pallas.deformable_conv import tpu
+from pallas.deformable_conv import gpu, tpu
 from pallas.dispatch import Kernels
 
-KERNELS = Kernels(tpu, None)
+KERNELS = Kernels(tpu, gpu)

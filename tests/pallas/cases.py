@@ -14,6 +14,7 @@ from pallas.dispatch import Kernels, recorded
 from pallas.window_attention.geometry import Halo, Windows
 
 Geometry = Windows | Halo | Sampling
+DETECTION = (800, 1344)  # pixels of an image, padded, as detectors are trained
 
 
 def kernels(geometry: Geometry) -> Kernels:
@@ -67,13 +68,13 @@ def argument_shapes(geometry: Geometry, batch: int):
     return (*given, jax.ShapeDtypeStruct(out_shape(geometry, batch), geometry.dtype))
 
 
-def model_geometries(pattern: str) -> dict:
-    """{geometry: what `auto` picks by platform} of what the models trace at 224 pixels."""
+def model_geometries(pattern: str, size: tuple[int, int] = (224, 224)) -> dict:
+    """{geometry: what `auto` picks by platform} of what the 224-pixel models trace at a size."""
     found = {}
     for name in hybrid_flax.list_models(pattern):
         if hybrid_flax.model_info(name).image_size == 224:
             model = bridge.abstract(lambda name=name: hybrid_flax.create_model(name))
-            images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+            images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
             with recorded() as calls:
                 jax.eval_shape(bridge.as_function(model), bridge.get_weights(model), images)
             found |= dict(calls)
@@ -101,8 +102,8 @@ def definition(geometry: Geometry):
     return attend
 
 
-def differences(geometry: Geometry, batch: int = 1) -> list[float]:
-    """Relative L2 distances of an interpreted TPU kernel's result and gradients.
+def differences(geometry: Geometry, batch: int = 1, target: str = "tpu") -> list[float]:
+    """Relative L2 distances of the result and gradients of a target's kernel, interpreted.
 
     From the definition in float32, whatever the dtype of the geometry.
     """
@@ -118,7 +119,7 @@ def differences(geometry: Geometry, batch: int = 1) -> list[float]:
 
     @jax.jit
     def computed(inputs):
-        module = kernels(geometry).tpu
+        module = getattr(kernels(geometry), target)
         out = module.forward(geometry, *inputs, interpret=True)
         given = cotangent.astype(out.dtype)
         return out, module.backward(geometry, *inputs, given, interpret=True)

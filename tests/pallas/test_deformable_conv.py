@@ -12,16 +12,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from pallas.deformable_conv import deformable_sampling, tpu
+from pallas.deformable_conv import deformable_sampling, gpu, tpu
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import choose
 from tests.pallas.cases import (
+    DETECTION,
     arrays,
     definition,
     differences,
     distance,
     kernels,
     model_geometries,
+    out_shape,
 )
 from tests.parity import GOLDEN
 
@@ -210,7 +212,8 @@ def test_every_shape_of_the_models_agrees_with_the_definition():
     assert not wrong
 
 
-def test_masks_and_offsets_that_are_not_numbers():
+@pytest.mark.parametrize("module", [tpu, gpu], ids=lambda module: module.__name__)
+def test_masks_and_offsets_that_are_not_numbers(module):
     """Zero masks hide what they weigh; points that are nowhere count as nothing, as defined."""
     geometry = Sampling(7, 7, 7, 7, 2, 16, 3, "float32")
     value, offsets, mask = arrays(geometry, 1)
@@ -218,11 +221,74 @@ def test_masks_and_offsets_that_are_not_numbers():
     for given in (mask, jnp.zeros_like(mask)):
         inputs = value, offsets, given
         out, *grads = (
-            tpu.forward(geometry, *inputs, interpret=True),
-            *tpu.backward(geometry, *inputs, jnp.ones_like(value), interpret=True),
+            module.forward(geometry, *inputs, interpret=True),
+            *module.backward(geometry, *inputs, jnp.ones_like(value), interpret=True),
         )
         assert all(jnp.isfinite(x).all() for x in (out, *grads))
         np.testing.assert_allclose(out, definition(geometry)(*inputs), atol=1e-5)
+
+
+# The Hopper kernels' programs, with XLA's loads and stores in the place of their own.
+
+
+@pytest.mark.parametrize(
+    "name", ["offsets far outside", "without centre", "groups that fill no register", "130 places"]
+)
+def test_hopper_kernels_agree_with_the_definition(name):
+    assert max(differences(ODD[name], batch=2, target="gpu")) < 1e-5
+
+
+def test_hopper_kernels_know_strides_and_dilations():
+    strided = Sampling(13, 8, 5, 3, 2, 8, 2, "float32", stride=3, padding=2, offset_scale=4.0)
+    dilated = Sampling(6, 5, 6, 5, 4, 8, 2, "float32", dilations=(1, 3), offset_scale=0.5)
+    for geometry in (strided, dilated):
+        assert max(differences(geometry, target="gpu")) < 1e-5
+
+
+def test_shapes_of_the_models_agree_on_hopper():
+    """A middle stage at 224 pixels, and a detector's last; all groups do the same."""
+    for height, width in ((28, 28), (25, 42)):
+        geometry = Sampling(*(height, width) * 2, 1, 16, 3, "float32")
+        assert max(differences(geometry, target="gpu")) < 1e-5, geometry
+
+
+def test_hopper_kernels_serve_every_shape_of_the_models():
+    for size in ((224, 224), DETECTION):
+        for geometry in model_geometries("unified_internimage_*", size):
+            for dtype in ("bfloat16", "float32"):
+                assert gpu.refusal(dataclasses.replace(geometry, dtype=dtype)) is None
+
+
+def test_hopper_kernels_refuse_what_their_addresses_do_not_reach():
+    geometry = Sampling(56, 56, 56, 56, 7, 16, 3, "bfloat16")
+    shapes = (jax.ShapeDtypeStruct((6200, *x.shape[1:]), x.dtype) for x in arrays(geometry, 1))
+    with pytest.raises(ValueError, match=r"value \[6200, .* Take a smaller batch per device"):
+        jax.eval_shape(functools.partial(gpu.forward, geometry), *shapes)
+
+
+def test_bfloat16_on_hopper_is_near_the_definition_in_float32():
+    geometry = Sampling(14, 14, 14, 14, 8, 16, 3, "bfloat16")
+    assert max(differences(geometry, target="gpu")) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU of Hopper's kind")
+@pytest.mark.parametrize("name", [name for name in ODD if gpu.refusal(ODD[name]) is None])
+def test_on_a_gpu(name):
+    geometry = ODD[name]
+    inputs = arrays(geometry, 2)
+    out_grad = jax.random.normal(jax.random.key(0), out_shape(geometry, 2))
+
+    def both(interpret):
+        forward, backward = (
+            functools.partial(f, geometry, *inputs, interpret=interpret)
+            for f in (gpu.forward, gpu.backward)
+        )
+        return forward(), *backward(out_grad)
+
+    for one, again, other in zip(both(False), both(False), both(True), strict=True):
+        np.testing.assert_array_equal(one, again)
+        assert distance(one, other) < 1e-5
 
 
 # ----------------------------------------------------------------- under jit, on a mesh, and again
@@ -271,11 +337,14 @@ def test_checkpoint_gives_the_same_bits_and_so_does_a_second_run(inputs):
         np.testing.assert_array_equal(one, three)
 
 
-def test_nothing_is_gathered_or_scattered_on_a_tpu():
+@pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 3)])
+def test_nothing_is_gathered_or_scattered(platform, calls):
     geometry = Sampling(14, 14, 14, 14, 2, 16, 3, "bfloat16")
-    step = jax.jit(jax.grad(functools.partial(loss, implementation="auto"), argnums=(0, 1, 2)))
-    text = jax.export.export(step, platforms=["tpu"])(*arrays(geometry, 8)).mlir_module()
-    assert text.count("tpu_custom_call") == 2
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    export = jax.export.export(step, platforms=[platform], disabled_checks=unchecked)
+    text = export(*arrays(geometry, 8)).mlir_module()
+    assert len(re.findall(r"custom_call @(tpu_custom_call|mosaic_gpu)", text)) == calls
     assert "stablehlo.scatter" not in text
     assert "stablehlo.gather" not in text
 
@@ -292,7 +361,12 @@ def test_what_serves_what():
 
     assert chosen("auto", "tpu", fits).kernel == "tpu"
     assert chosen("auto", "cuda", fits).kernel is None
-    assert chosen("pallas", "cuda", fits) == (None, "there is no kernel for platform cuda")
+    assert "not yet measured" in chosen("auto", "cuda", fits).why
+    assert chosen("pallas", "cuda", large).kernel == "gpu"
+    wide = dataclasses.replace(fits, channels=20)
+    assert chosen("pallas", "cuda", wide).why == (
+        "groups of 20 channels: expected a multiple of 8, 32 at most"
+    )
     assert chosen("pallas", "cpu", fits).kernel == "tpu interpreted"
     assert "vector memory" in chosen("auto", "tpu", large).why
     assert chosen("pallas", "tpu", large).kernel == "tpu"
