@@ -21,7 +21,8 @@ def get_config():
     config.augment.crop_scale = (0.6, 1.0)
     config.augment.interpolation = "bicubic"
     config.augment.flip = 0.0
-    config.augment.rand_augment = ""
+    config.augment.auto_augment = ""
+    config.augment.colour_jitter = (0.0, 0.0, 0.0, 0.0)
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
     config.augment.erasing_probability = 0.0

@@ -42,7 +42,9 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     augment.crop_ratio = (3 / 4, 4 / 3)
     augment.interpolation = "bicubic"  # or "random": bilinear or bicubic
     augment.flip = 0.5
-    augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    augment.vertical_flip = 0.0
+    augment.auto_augment = "rand-m9-mstd0.5-inc1"  # data/policies.py has the others; "": none
+    augment.colour_jitter = (0.4, 0.4, 0.4, 0.0)  # only where auto_augment is "" or has 3a in it
     augment.mixup_alpha = 0.8
     augment.cutmix_alpha = 1.0
     augment.cutmix_probability = 0.5

@@ -10,8 +10,8 @@ import ml_collections
 from flax import nnx
 
 import hybrid_flax
-from hybrid_flax.data.augment import RandAugment
 from hybrid_flax.data.images import FILTERS
+from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 from pallas.dispatch import IMPLEMENTATIONS
@@ -62,6 +62,11 @@ _CHECKS = {
     "augment.crop_ratio": (_range_above_zero, "(low, high) with 0 < low ≤ high"),
     "augment.interpolation": _one_of("random", *FILTERS),
     "augment.flip": _between(0, 1),
+    "augment.vertical_flip": _between(0, 1),
+    "augment.colour_jitter": (
+        lambda value: len(value) == 4 and min(value) >= 0 and value[3] <= 0.5,
+        "strengths (brightness, contrast, saturation, hue) from 0, the last up to 0.5",
+    ),
     "augment.mixup_alpha": _above(-1e-9),
     "augment.cutmix_alpha": _above(-1e-9),
     "augment.cutmix_probability": _between(0, 1),
@@ -95,8 +100,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             problems.append(f"--config.{name}={value!r}: expected {expected}")
     if problems:
         raise InputError("\n".join(problems))
-    if config.augment.rand_augment:
-        RandAugment.parse(config.augment.rand_augment)
+    parse_policy(config.augment.auto_augment)
 
 
 def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:

@@ -201,7 +201,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
         ({"batch_size": 100}, "batch_size=100 cannot be split evenly over 8 devices"),
         ({"batch_size": 4000}, "batch_size=4000, but there are only 1437 training images"),
         ({"model__num_classes": 3}, "num_classes=3, but dataset digits has 10 classes"),
-        ({"augment__rand_augment": "rand-m99"}, "'rand-m99': m must be 0 to 10"),
+        ({"augment__auto_augment": "rand-m99"}, "'rand-m99': m must be 0 to 10"),
         ({"augment__crop_scale": (0.5, 2.0)}, "crop_scale=(0.5, 2.0): expected (low, high)"),
         ({"dataset__name": "image_folder"}, "--config.dataset.path=DIR"),
         ({"schedule__cosine_epochs": 0.5}, "cosine_epochs=0.5 ends before the warm-up"),

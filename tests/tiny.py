@@ -28,7 +28,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     config.schedule.cosine_epochs = 2.0
     config.schedule.warmup_epochs = 0.5
     config.augment.flip = 0.5
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.auto_augment = "rand-m9-mstd0.5-inc1"
     config.augment.interpolation = "random"
     config.augment.mixup_alpha = 0.8
     config.augment.cutmix_alpha = 1.0

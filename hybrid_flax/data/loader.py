@@ -20,8 +20,9 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from hybrid_flax.data.augment import RandAugment, draw_interpolation, fill_colour
+from hybrid_flax.data.augment import apply_operations, draw_interpolation, fill_colour
 from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop
+from hybrid_flax.data.policies import Policy, parse_policy
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 
@@ -32,7 +33,7 @@ _SUBSTITUTES = 50  # neighbours tried for an unreadable training image
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, flip, RandAugment, in timm's order; index → one training example."""
+    """Random resized crop, flips, the policy, in timm's order; index → one training example."""
 
     source: Source
     image_size: int
@@ -40,9 +41,10 @@ class TrainTransform:
     crop_ratio: tuple[float, float]
     interpolation: str  # or "random": bilinear or bicubic, drawn anew each time
     flip: float  # probability
-    rand_augment: RandAugment | None
+    policy: Policy | None
     fill: tuple[int, int, int]
     skip_unreadable: bool
+    vertical_flip: float = 0.0  # probability
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "TrainTransform":
@@ -54,9 +56,10 @@ class TrainTransform:
             augment.crop_ratio,
             augment.interpolation,
             augment.flip,
-            RandAugment.parse(augment.rand_augment) if augment.rand_augment else None,
+            parse_policy(augment.auto_augment, augment.colour_jitter),
             fill_colour(config.dataset.mean),
             config.dataset.on_unreadable == "skip",
+            augment.vertical_flip,
         )
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
@@ -71,8 +74,11 @@ class TrainTransform:
         )
         if rng.random() < self.flip:
             photo = photo.transpose(0)  # Image.Transpose.FLIP_LEFT_RIGHT
-        if self.rand_augment:
-            photo = self.rand_augment(photo, rng, fill=self.fill, interpolation=self.interpolation)
+        if self.vertical_flip and rng.random() < self.vertical_flip:
+            photo = photo.transpose(1)  # Image.Transpose.FLIP_TOP_BOTTOM
+        if self.policy:
+            operations = self.policy.draw(rng, self.interpolation)
+            photo = apply_operations(photo, operations, fill=self.fill)
         return {
             "image": np.asarray(photo),
             "label": np.int32(label),

@@ -2,72 +2,97 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybrid_flax.data.augment import RandAugment, augment_op, draw_interpolation, fill_colour
-from tests.data.test_images import GOLDEN
-
-RECIPE = "rand-m9-mstd0.5-inc1"
-
-
-def test_the_recipe_string_is_read():
-    assert RandAugment.parse(RECIPE) == RandAugment(9.0, 0.5, 2, True)
-    assert RandAugment.parse("rand-m7-n3") == RandAugment(7.0, 0.0, 3, False)
+from hybrid_flax.data.augment import (
+    Operation,
+    apply_operations,
+    augment_op,
+    draw_interpolation,
+    fill_colour,
+)
 
 
-@pytest.mark.parametrize("text", ["rand-m9-x3", "random-m9", "", "rand-m", "rand-inc2"])
-def test_other_strings_are_refused(text):
-    with pytest.raises(ValueError, match="expected the form rand-m9-mstd0.5-inc1"):
-        RandAugment.parse(text)
+def one_colour(*rgb):
+    return Image.new("RGB", (4, 4), rgb)
 
 
-@pytest.mark.parametrize("text", ["rand-m11", "rand-m9-n0"])
-def test_numbers_out_of_range_are_refused(text):
-    with pytest.raises(ValueError, match="m must be 0 to 10 and n at least 1"):
-        RandAugment.parse(text)
+def result(photo, name, *args, **options):
+    return np.asarray(augment_op(photo, name, *args, **options))
 
 
-def test_magnitudes_become_the_arguments_of_timm():
-    import json
-
-    policy = RandAugment.parse(RECIPE)
-    for case in json.loads((GOLDEN / "preprocess.json").read_text())["ops"]:
-        got = policy.arguments(case["op"], case["magnitude"], case["sign"])
-        np.testing.assert_allclose(got, case["args"], err_msg=str(case))
+def columns(count=8):
+    """Column x has the value 10·x; rows are alike."""
+    row = np.arange(count, dtype=np.uint8) * 10
+    return Image.fromarray(np.broadcast_to(row[None, :, None], (count, count, 3)).copy())
 
 
-def test_half_of_the_drawn_operations_are_applied():
-    policy, photo = RandAugment.parse(RECIPE), Image.new("RGB", (4, 4))
-    applied = []
-
-    class Spy(RandAugment):
-        def arguments(self, name, magnitude, sign):
-            applied.append((name, magnitude, sign))
-            return super().arguments(name, magnitude, sign)
-
-    spy = Spy(**vars(policy))
-    rng = np.random.default_rng(0)
-    for _ in range(3000):
-        spy(photo, rng, fill=(0, 0, 0), interpolation="random")
-    names, magnitudes, signs = zip(*applied, strict=True)
-    assert len(applied) / 3000 == pytest.approx(1, abs=0.06)  # two drawn, each with one half
-    assert len(set(names)) == 15
-    counts = [names.count(name) for name in set(names)]
-    assert min(counts) > 0.7 * len(names) / 15
-    assert np.mean(magnitudes) == pytest.approx(9, abs=0.05)
-    assert np.std(magnitudes) == pytest.approx(0.5, abs=0.05)
-    assert max(magnitudes) <= 10
-    assert np.mean(signs) == pytest.approx(0, abs=0.05)
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("Posterize", (1.0,), (128, 0, 0)),
+        ("Posterize", (0,), (0, 0, 0)),
+        ("Posterize", (-1,), (0, 0, 0)),
+        ("Posterize", (8,), (200, 100, 50)),
+        ("Solarize", (256,), (200, 100, 50)),
+        ("Solarize", (100.0,), (55, 155, 50)),
+        ("SolarizeAdd", (33.0,), (200, 133, 83)),
+        ("SolarizeAdd", (200,), (200, 255, 250)),
+        ("Brightness", (0.5,), (100, 50, 25)),
+        ("Color", (0.0,), (124, 124, 124)),  # 0.299·200 + 0.587·100 + 0.114·50 = 124.2
+        ("Hue", (0.0,), (200, 100, 50)),
+        ("Invert", (), (55, 155, 205)),
+    ],
+)
+def test_what_colour_operations_make_of_one_colour(name, args, expected):
+    got = result(one_colour(200, 100, 50), name, *args)
+    assert np.abs(got.astype(int) - expected).max() <= (1 if name == "Hue" else 0), got[0, 0]
 
 
-def test_the_same_random_numbers_give_the_same_image():
-    rng = np.random.default_rng(3)
-    photo = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    policy = RandAugment.parse("rand-m9-n5-mstd0.5-inc1")
+def test_a_third_of_a_turn_makes_red_green():
+    red, green = result(one_colour(255, 0, 0), "Hue", 1 / 3), (0, 255, 0)
+    assert np.abs(red[0, 0].astype(int) - green).max() <= 3
 
-    def run():
-        rng = np.random.default_rng(7)
-        return np.asarray(policy(photo, rng, fill=(1, 2, 3), interpolation="random"))
 
-    np.testing.assert_array_equal(run(), run())
+def test_blur_spreads_a_dot_and_keeps_its_light():
+    photo = np.zeros((21, 21, 3), np.uint8)
+    photo[10, 10] = 255
+    got = result(Image.fromarray(photo), "GaussianBlur", 1.0)[:, :, 0].astype(float)
+    assert got[10, 10] == pytest.approx(255 / (2 * np.pi), rel=0.15)  # the Gaussian's peak
+    assert got.sum() == pytest.approx(255, rel=0.1)
+    np.testing.assert_allclose(got, got.T, atol=1)
+
+
+def test_translations_move_left_for_positive_amounts_and_fill():
+    want = [20, 30, 40, 50, 60, 70, 9, 9]
+    for name, amount in (("TranslateX", 0.25), ("TranslateXPixels", 2)):
+        got = result(columns(), name, amount, fill=(9, 9, 9), interpolation="nearest")
+        assert got[3, :, 0].tolist() == want
+    turned = columns().transpose(Image.Transpose.TRANSPOSE)
+    for name, amount in (("TranslateY", 0.25), ("TranslateYPixels", 2)):
+        got = result(turned, name, amount, fill=[9, 9, 9], interpolation="nearest")
+        assert got[:, 3, 0].tolist() == want
+
+
+def test_shear_moves_every_row_by_its_own_amount():
+    got = result(columns(), "ShearX", 1.0, fill=(9, 9, 9), interpolation="nearest")
+    # Of a row's middle: row 0 by 0.5, which with a column's own 0.5 is the next one.
+    assert got[0, :, 0].tolist() == [10, 20, 30, 40, 50, 60, 70, 9]
+    assert got[3, :, 0].tolist() == [40, 50, 60, 70, 9, 9, 9, 9]
+
+
+def test_operations_are_applied_in_turn_and_know_whether_they_move_pixels():
+    steps = [Operation("Invert"), Operation("SolarizeAdd", (10,)), Operation("Invert")]
+    got = np.asarray(apply_operations(one_colour(200, 100, 50), steps, fill=(0, 0, 0)))
+    assert got[0, 0].tolist() == [190, 100, 50]  # 55 + 10 inverted; 155 and 205 stay
+    assert not any(step.is_geometric for step in steps)
+    assert Operation("Rotate", (3,)).is_geometric
+    assert Operation("TranslateYPixels", (3,)).is_geometric
+
+
+def test_an_operation_may_bring_its_own_fill():
+    away = Operation("TranslateX", (1.0,), "nearest")
+    for step, colour in ((away, 7), (away._replace(fill=(0, 0, 0)), 0)):
+        got = np.asarray(apply_operations(one_colour(200, 100, 50), [step], fill=(7, 7, 7)))
+        assert np.unique(got).tolist() == [colour]
 
 
 def test_random_interpolation_is_bilinear_or_bicubic():

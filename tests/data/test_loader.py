@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybrid_flax.data.augment import RandAugment
 from hybrid_flax.data.images import UnreadableImageError
 from hybrid_flax.data.loader import (
     EvalTransform,
@@ -18,6 +17,7 @@ from hybrid_flax.data.loader import (
     eval_batches,
     train_batches,
 )
+from hybrid_flax.data.policies import parse_policy
 
 
 class Coloured:
@@ -77,7 +77,7 @@ def test_every_epoch_is_another_permutation():
 
 
 def test_a_later_start_sees_what_an_uninterrupted_run_would_have_seen():
-    source = transform(Coloured(23), policy=RandAugment.parse("rand-m9-mstd0.5-inc1"))
+    source = transform(Coloured(23), policy=parse_policy("rand-m9-mstd0.5-inc1"))
     whole = take(train_batches(source, batch_size=5, seed=3), 11)
     for start in (1, 4, 7):
         resumed = take(train_batches(source, batch_size=5, seed=3, start_step=start), 11 - start)
@@ -85,7 +85,7 @@ def test_a_later_start_sees_what_an_uninterrupted_run_would_have_seen():
 
 
 def test_worker_processes_change_nothing():
-    source = transform(Coloured(23), policy=RandAugment.parse("rand-m9-mstd0.5-inc1"))
+    source = transform(Coloured(23), policy=parse_policy("rand-m9-mstd0.5-inc1"))
     whole = take(train_batches(source, batch_size=5, seed=3, start_step=2), 9)
     for workers in (1, 3):
         batches = train_batches(source, batch_size=5, seed=3, start_step=2, num_workers=workers)
