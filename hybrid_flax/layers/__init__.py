@@ -4,7 +4,7 @@ from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, 
 from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
 from hybrid_flax.layers.inputs import check_images, training_key
 from hybrid_flax.layers.linear import Mlp, linear, normal_init
-from hybrid_flax.layers.norms import BatchNorm, layer_norm
+from hybrid_flax.layers.norms import BatchNorm, group_batch_norms, layer_norm
 from hybrid_flax.layers.pooling import adaptive_average_pool
 from hybrid_flax.layers.positions import (
     relative_position_bias,
@@ -28,6 +28,7 @@ __all__ = [
     "deformable_sampling",
     "drop_path",
     "drop_path_rates",
+    "group_batch_norms",
     "halo_attention",
     "layer_norm",
     "linear",
