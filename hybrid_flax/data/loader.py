@@ -23,6 +23,7 @@ from absl import flags
 from hybrid_flax.data.augment import apply_operations, draw_interpolation, fill_colour
 from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop
 from hybrid_flax.data.policies import Policy, parse_policy
+from hybrid_flax.data.repeated import Repeated
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 
@@ -168,20 +169,23 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     num_workers: int = 0,
+    repeats: int = 1,
+    group: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches from step `start_step` on.
 
     Every epoch is a new permutation of the source; images that do not fill a batch are left out of
-    that epoch. Yields `image` uint8 [B, H, W, 3], `label`, `index` and `unreadable` int32 [B].
+    that epoch. With `repeats` an epoch has as many batches, of a part of the source: each image
+    comes that often, augmented anew, in different groups of `group` rows (`Repeated`).
+
+    Yields `image` uint8 [B, H, W, 3], `label`, `index` and `unreadable` int32 [B].
     """
     batches_per_epoch(transform.source, batch_size)
+    order = grain.MapDataset.range(len(transform.source)).seed(seed).shuffle()
+    if repeats > 1:
+        order = Repeated(order, repeats, batch_size, group)
     dataset = (
-        grain.MapDataset.range(len(transform.source))
-        .seed(seed)
-        .shuffle()
-        .random_map(transform)
-        .batch(batch_size, drop_remainder=True)
-        .repeat()[start_step:]
+        order.random_map(transform).batch(batch_size, drop_remainder=True).repeat()[start_step:]
     )
     return iter(_read_ahead(dataset, num_workers))
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ from hybrid_flax.data.loader import (
     train_batches,
 )
 from hybrid_flax.data.policies import parse_policy
+from hybrid_flax.data.repeated import Repeated
 
 
 class Coloured:
@@ -86,11 +88,54 @@ def test_a_later_start_sees_what_an_uninterrupted_run_would_have_seen():
 
 def test_worker_processes_change_nothing():
     source = transform(Coloured(23), policy=parse_policy("rand-m9-mstd0.5-inc1"))
-    whole = take(train_batches(source, batch_size=5, seed=3, start_step=2), 9)
+    options = {"batch_size": 6, "seed": 3, "start_step": 2, "repeats": 3, "group": 2}
+    whole = take(train_batches(source, **options), 7)
     for workers in (1, 3):
-        batches = train_batches(source, batch_size=5, seed=3, start_step=2, num_workers=workers)
-        assert_equal(take(batches, 9), whole)
+        batches = train_batches(source, **options, num_workers=workers)
+        assert_equal(take(batches, 7), whole)
         batches.close()
+
+
+def test_repeats_share_a_batch_but_not_a_group_nor_a_crop():
+    class Positions(Coloured):
+        def __getitem__(self, index):
+            y, x = np.mgrid[:64, :96]
+            pixels = np.stack([np.full_like(x, index), y, x], -1)
+            return Image.fromarray(pixels.astype(np.uint8)), 0
+
+    options = {"batch_size": 12, "seed": 0, "repeats": 3, "group": 4}
+    batches = take(train_batches(transform(Positions(50)), **options), 8)
+    for batch in batches:
+        images, counts = np.unique(batch["index"], return_counts=True)
+        assert counts.tolist() == [3, 3, 3, 3]
+        for group in batch["index"].reshape(3, 4):
+            assert set(group) == set(images)
+        for image in images:
+            crops = batch["image"][batch["index"] == image, :, :, 1:]
+            assert len({crop.tobytes() for crop in crops}) == 3
+    epochs = [np.unique([batch["index"] for batch in batches[i : i + 4]]) for i in (0, 4)]
+    assert [len(epoch) for epoch in epochs] == [16, 16]  # a third of four batches
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_the_order_of_repeats_by_hand():
+    order = grain.MapDataset.source([10, 11, 12, 13, 14, 15, 16, 17, 18])
+    one_group = Repeated(order, repeats=2, batch_size=4, group=0)
+    assert [one_group[i] for i in range(8)] == [10, 10, 11, 11, 12, 12, 13, 13]
+    # The list 10 10 10 11 · 11 11 12 12 · …, dealt to two groups of two.
+    dealt = Repeated(order, repeats=3, batch_size=4, group=2)
+    assert [dealt[i] for i in range(8)] == [10, 10, 10, 11, 11, 12, 11, 12]
+    assert len(dealt) == 9
+    assert list(dealt[1:3]) == [10, 10]
+
+
+def test_repeats_resume_in_the_middle_of_an_epoch():
+    source = transform(Coloured(23), policy=parse_policy("v0"))
+    options = {"batch_size": 6, "seed": 3, "repeats": 3, "group": 3}
+    whole = take(train_batches(source, **options), 9)
+    for start in (1, 3, 5):
+        resumed = take(train_batches(source, **options, start_step=start), 9 - start)
+        assert_equal(resumed, whole[start:])
 
 
 def test_another_seed_is_another_order_and_augmentation():
@@ -99,17 +144,20 @@ def test_another_seed_is_another_order_and_augmentation():
     assert first["index"].tolist() != second["index"].tolist()
 
 
-def test_flip_probability():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_flip_probabilities(axis):
     class Half(Coloured):
         def __getitem__(self, index):
             image = np.zeros((8, 8, 3), np.uint8)
-            image[:, :4] = 255
+            (image if axis else image.swapaxes(0, 1))[:4] = 255
             return Image.fromarray(image), 0
 
     def flipped(probability):
+        sideways, upside_down = (probability, 0.0) if axis == 0 else (0.0, probability)
         never_cropped = TrainTransform(
-            Half(400), 8, (1.0, 1.0), (1.0, 1.0), "nearest", probability, None, (0, 0, 0), False
-        )
+            Half(400), 8, (1.0, 1.0), (1.0, 1.0), "nearest", sideways, None, (0, 0, 0), False,
+            upside_down,
+        )  # fmt: skip
         (batch,) = take(train_batches(never_cropped, batch_size=400, seed=0), 1)
         return (batch["image"][:, 0, 0, 0] == 0).mean()
 
