@@ -25,6 +25,7 @@ def get_config():
     config.augment.colour_jitter = (0.0, 0.0, 0.0, 0.0)
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
+    config.augment.mix_group = 0
     config.augment.erasing_probability = 0.0
     config.eval.crop_fraction = 1.0
 

@@ -1,7 +1,11 @@
 """One training recipe per paper; the model configs beside this file choose from them.
 
-Not here yet, and said where it matters: repeated augmentation (GLNet, GA), and statistics of batch
-norms over less than the whole batch (GLNet, GA and L2ViT took them over the 128 images of one GPU).
+All five papers mix images, and some take batch statistics, over the images of one GPU. Which ones
+those are is said here by `augment.mix_group` and `model.batch_norm_group`, so that a run is the
+same on any number of devices. Each group draws its own λ, coin and box.
+
+D2, D19 and so on are entries of the project's ledger of places where an author's README, scripts
+and code disagree.
 """
 
 from ml_collections import ConfigDict
@@ -27,6 +31,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.dtype = "bfloat16"  # of the computation; parameters and optimizer are float32
     model.drop_path = hybrid_flax.model_variant(name).drop_path
     model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
+    model.batch_norm_group = 0  # images that share statistics in training; 0: a whole micro-batch
     model.overrides = ConfigDict()  # other fields of the family's Variant
 
     config.dataset = dataset = ConfigDict()
@@ -45,10 +50,15 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     augment.vertical_flip = 0.0
     augment.auto_augment = "rand-m9-mstd0.5-inc1"  # data/policies.py has the others; "": none
     augment.colour_jitter = (0.4, 0.4, 0.4, 0.0)  # only where auto_augment is "" or has 3a in it
+    augment.repeats = 1  # crops of an image in a batch: repeated augmentation
     augment.mixup_alpha = 0.8
     augment.cutmix_alpha = 1.0
-    augment.cutmix_probability = 0.5
+    augment.cutmix_probability = 0.5  # or else mixup
+    augment.mix_probability = 1.0  # of either
+    augment.mix_group = 128  # images that are mixed alike; 0: the whole batch
+    augment.mix_off_epoch = 0  # the first without mixing; 0: all have it
     augment.erasing_probability = 0.25
+    augment.erase_before_mix = True  # False: mix whole pixel values first, so noise stays unmixed
 
     config.loss = ConfigDict({"name": "softmax", "label_smoothing": 0.1})
 
@@ -92,6 +102,7 @@ def gcvit(name: str, *, batch_size: int, learning_rate: float = 5e-3) -> ConfigD
     Where their sources disagree or are silent:
     - The batch is given per GPU (128 for XXT to T2, 32 from S up). A maintainer says that 32 GPUs
       were used, so 4096 and 1024 images. The paper as quoted there says 128 in all with 1e-3.
+      Mixing is by those 32 (D2, D3), on whole pixel values, before erasing.
     - The same learning rate of 5e-3 is given for both batch sizes, without a scaling rule. With
       another batch size, set `--config.optimizer.learning_rate` yourself.
     - "310 epochs" runs 320: the cosine reaches its minimum after 310, ten more follow.
@@ -103,6 +114,8 @@ def gcvit(name: str, *, batch_size: int, learning_rate: float = 5e-3) -> ConfigD
     config = _imagenet(name, batch_size=batch_size, learning_rate=learning_rate)
     config.epochs = 320
     config.augment.interpolation = "random"
+    config.augment.mix_group = batch_size // 32
+    config.augment.erase_before_mix = False
     config.ema_decay = 0.9998
     config.schedule.warmup_learning_rate = 1e-6
     config.schedule.min_learning_rate = 5e-6
@@ -116,9 +129,12 @@ def l2vit(name: str) -> ConfigDict:
 
     - Trained in float32 without clipping. `temperature` decays: it has rank 3.
     - Only Base's command is published; the drop path of Tiny and Small is ours (0.1 and 0.2).
+    - A GPU had 128 images at a time. Of its running statistics the first GPU's were kept; ours move
+      towards the mean of all.
     """
     config = _imagenet(name, batch_size=4096, learning_rate=4e-3)
     config.model.dtype = "float32"
+    config.model.batch_norm_group = 128
     config.optimizer.clip_norm = 0.0
     config.schedule.warmup_reaches_peak = True
     return config
@@ -127,12 +143,14 @@ def l2vit(name: str) -> ConfigDict:
 def l2vit_finetune(name: str) -> ConfigDict:
     """L2ViT from its ImageNet-22k weights to 1k: set `--config.init_from=`.
 
-    The commands leave mixup, cutmix and smoothing on, and so does this.
+    The commands leave mixup, cutmix and smoothing on, and so does this (D57). A GPU had 64 images
+    at a time.
     """
     config = l2vit(name)
     config.batch_size = 1024
     config.epochs = 30
     config.model.drop_path = 0.2
+    config.model.batch_norm_group = config.augment.mix_group = 64
     config.optimizer.learning_rate = 4e-5
     config.optimizer.weight_decay = 1e-8
     config.schedule.warmup_epochs = 5.0
@@ -148,8 +166,12 @@ def glnet(name: str) -> ConfigDict:
     - The shipped script has drop path 0.1 for 4G and 9G, the README 0.15 and 0.3: the README's.
     - The YAML has neither a learning rate nor clipping, the README both.
     - The rank-0 `slot_scale` decays: the authors leave out rank 1 only.
+    - A GPU had 128 images at a time. Of its running statistics the first GPU's were kept; ours move
+      towards the mean of all.
     """
     config = _imagenet(name, batch_size=2048, learning_rate=2e-3)
+    config.model.batch_norm_group = 128
+    config.augment.repeats = 3
     config.optimizer.decay_also = (r"/slot_scale$",)
     config.schedule.warmup_epochs = 5.0
     config.schedule.min_learning_rate = 1e-5
@@ -161,13 +183,16 @@ def glnet_token_labelling(name: str) -> ConfigDict:
 
     The label maps are not read yet: every token is taught its image's label. The learning rate
     changes once per epoch and, in the authors' loop, one epoch late. Ten cool-down epochs in their
-    config are never reached. The YAML's mixing and repeated augmentation are ignored by their code.
+    config are never reached. The YAML's mixing and repeated augmentation are ignored by their code,
+    and so here (D19). Batch statistics are of the 128 images of a GPU; they average the running
+    ones after each epoch, here they are averaged always.
     """
     config = _imagenet(name, batch_size=2048, learning_rate=2e-3)
     config.epochs = 310
     config.augment.interpolation = "random"
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
+    config.model.batch_norm_group = 128
     config.loss = ConfigDict(
         {"name": "token_labelling", "label_smoothing": 0.1, "dense_weight": 0.5}
     )
@@ -188,11 +213,18 @@ def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
     - timm's LAMB clips the global norm to 1 by itself; the commands' momentum does not reach it.
     - Evaluation cuts 0.875 of the image, which is what timm resolves for these models; a table for
       GA-CSWin that nothing reads says 0.9.
+    - A GPU had 128 images at a time, two GPUs four times a step; mixing is on whole pixel values.
+      Running statistics moved four times a step, and were averaged over the GPUs after each epoch;
+      here they move once, towards the mean of the eight groups (`--config.accumulation_steps=4` for
+      four times, where groups are made of the images that a micro-batch has).
     """
     config = _imagenet(name, batch_size=1024, learning_rate=learning_rate)
     config.augment.interpolation = "random"
+    config.model.batch_norm_group = 128
+    config.augment.repeats = 3
     config.augment.mixup_alpha = 0.2
     config.augment.erasing_probability = 0.0
+    config.augment.erase_before_mix = False
     config.loss = ConfigDict({"name": "gramian", "label_smoothing": 0.1, "diversity": -0.8})
     config.optimizer.name = "lamb"
     config.optimizer.clip_norm = 1.0
@@ -211,6 +243,7 @@ def unified(name: str) -> ConfigDict:
       says which one InternImage used; here the transformers'.
     - Weight decay goes by rank in PyTorch: it acts on the layer scales of HaloNet and ConvNeXt,
       which are stored with four axes there, and not on the others'.
+    - Batch norms are synchronised over all GPUs. Mixing is by GPU, of which the scripts take 8.
     """
     mixer = hybrid_flax.model_variant(name).mixer
     if mixer == "convnext":
@@ -223,5 +256,6 @@ def unified(name: str) -> ConfigDict:
         config.optimizer.decay_also = (r"/gamma\d$",)
     if mixer == "swin":
         config.optimizer.decay_never = (r"/position_bias$",)
+    config.augment.mix_group = config.batch_size // 8
     config.schedule.warmup_reaches_peak = True
     return config

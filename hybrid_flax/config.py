@@ -14,6 +14,7 @@ from hybrid_flax.data.images import FILTERS
 from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
+from hybrid_flax.layers import group_batch_norms
 from pallas.dispatch import IMPLEMENTATIONS
 
 
@@ -53,6 +54,7 @@ _CHECKS = {
     "model.attention": _one_of(*IMPLEMENTATIONS),
     "model.drop_path": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "model.num_classes": _above(-1),
+    "model.batch_norm_group": _above(-1),
     "dataset.num_workers": _above(-1),
     "dataset.on_unreadable": _one_of("error", "skip"),
     "augment.crop_scale": (
@@ -70,7 +72,11 @@ _CHECKS = {
     "augment.mixup_alpha": _above(-1e-9),
     "augment.cutmix_alpha": _above(-1e-9),
     "augment.cutmix_probability": _between(0, 1),
+    "augment.mix_probability": _between(0, 1),
+    "augment.mix_group": _above(-1),
+    "augment.mix_off_epoch": _above(-1),
     "augment.erasing_probability": _between(0, 1),
+    "augment.repeats": _above(0),
     "loss.name": _one_of("softmax", "gramian", "token_labelling"),
     "loss.label_smoothing": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     "optimizer.name": _one_of("adamw", "lamb"),
@@ -101,6 +107,22 @@ def check(config: ml_collections.ConfigDict) -> None:
     if problems:
         raise InputError("\n".join(problems))
     parse_policy(config.augment.auto_augment)
+    _check_group(config, "augment.mix_group", config.batch_size)
+    micro_batch = config.batch_size // config.accumulation_steps
+    _check_group(config, "model.batch_norm_group", micro_batch)
+
+
+def _check_group(config, name: str, images: int) -> None:
+    """Groups must fill the images that they are made of; fewer images than one are one group."""
+    section, field = name.split(".")
+    group = config[section][field]
+    if group and images > group and images % group:
+        fitting = next(size for size in range(group, 0, -1) if images % size == 0)
+        raise InputError(
+            f"--config.{name}={group}: {images} images (--config.batch_size={config.batch_size}, "
+            f"--config.accumulation_steps={config.accumulation_steps}) are not a multiple of it; "
+            f"use 0 for one group of all, or for example {fitting}"
+        )
 
 
 def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
@@ -118,7 +140,7 @@ def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Mod
     """The model of a resolved config."""
     model = config.model
     attention = {} if model.attention == "auto" else {"attention": model.attention}
-    return hybrid_flax.create_model(
+    built = hybrid_flax.create_model(
         model.name,
         num_classes=model.num_classes,
         image_size=model.image_size,
@@ -126,3 +148,9 @@ def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Mod
         rngs=rngs,
         **{"drop_path": model.drop_path, **attention, **model.overrides},
     )
+    if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
+        raise InputError(
+            f"--config.model.batch_norm_group={model.batch_norm_group}, but {model.name} has no "
+            "batch norms; use 0"
+        )
+    return built

@@ -34,7 +34,13 @@ def recipe(loss: str) -> SimpleNamespace:
         model=SimpleNamespace(num_classes=CLASSES),
         dataset=SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         augment=SimpleNamespace(
-            mixup_alpha=0.0, cutmix_alpha=0.0, cutmix_probability=0.0, erasing_probability=0.0
+            mixup_alpha=0.0,
+            cutmix_alpha=0.0,
+            cutmix_probability=0.0,
+            mix_probability=0.0,
+            mix_group=0,
+            erasing_probability=0.0,
+            erase_before_mix=False,
         ),
         loss=SimpleNamespace(
             name=loss, label_smoothing=SMOOTHING, diversity=-0.8, dense_weight=0.5

@@ -76,7 +76,12 @@ def _train(
     schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
     train_step = make_train_step(
-        bridge.as_training_function(model), optimizer, schedule, config, mesh
+        bridge.as_training_function(model),
+        optimizer,
+        schedule,
+        config,
+        mesh,
+        mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
     )
     eval_step = make_eval_step(bridge.as_function(model), config, mesh)
 
@@ -121,6 +126,8 @@ def _train(
         seed=config.seed,
         start_step=step,
         num_workers=config.dataset.num_workers,
+        repeats=config.augment.repeats,
+        group=config.augment.mix_group,
     )
     feed = _feed(batches, mesh)
     val_transform = EvalTransform.from_config(config, val_source)

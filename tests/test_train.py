@@ -202,6 +202,24 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
         ({"batch_size": 4000}, "batch_size=4000, but there are only 1437 training images"),
         ({"model__num_classes": 3}, "num_classes=3, but dataset digits has 10 classes"),
         ({"augment__auto_augment": "rand-m99"}, "'rand-m99': m must be 0 to 10"),
+        ({"augment__auto_augment": "autoaugment"}, "augment.auto_augment='autoaugment' is not"),
+        ({"augment__colour_jitter": (0.4, 0.4, 0.4, 0.6)}, "saturation, hue) from 0, the last up"),
+        ({"augment__colour_jitter": (0.4,)}, "colour_jitter=(0.4,): expected strengths"),
+        ({"augment__repeats": 0}, "augment.repeats=0: expected a number above 0"),
+        (
+            {"augment__mix_group": 96},
+            "augment.mix_group=96: 256 images (--config.batch_size=256, "
+            "--config.accumulation_steps=1) are not a multiple of it; use 0 for one group of all, "
+            "or for example 64",
+        ),
+        (
+            {"model__batch_norm_group": 100, "accumulation_steps": 2},
+            "model.batch_norm_group=100: 128 images",
+        ),
+        (
+            {"model__batch_norm_group": 64},
+            "model.batch_norm_group=64, but gcvit_xxt has no batch norms; use 0",
+        ),
         ({"augment__crop_scale": (0.5, 2.0)}, "crop_scale=(0.5, 2.0): expected (low, high)"),
         ({"dataset__name": "image_folder"}, "--config.dataset.path=DIR"),
         ({"schedule__cosine_epochs": 0.5}, "cosine_epochs=0.5 ends before the warm-up"),

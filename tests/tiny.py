@@ -30,6 +30,10 @@ def config(**overrides) -> ml_collections.ConfigDict:
     config.augment.flip = 0.5
     config.augment.auto_augment = "rand-m9-mstd0.5-inc1"
     config.augment.interpolation = "random"
+    config.augment.vertical_flip = 0.5
+    config.augment.repeats = 3
+    config.augment.mix_group = 4
+    config.augment.mix_probability = 0.8
     config.augment.mixup_alpha = 0.8
     config.augment.cutmix_alpha = 1.0
     config.augment.erasing_probability = 0.25

@@ -1,7 +1,8 @@
 """The training step and the evaluation step, each one compiled function.
 
-In order: uint8 images → normalise → mixup or cutmix → erase → model (drop path) → loss → gradients
-over micro-batches → clip → optimizer → EMA. All randomness follows from (seed, step).
+In order: uint8 images → mixup or cutmix → normalise → erase (or normalise → erase → mix) → model
+(drop path) → loss → gradients over micro-batches → clip → optimizer → EMA. All randomness follows
+from (seed, step).
 
 The training state is a dictionary: `step` (int32 scalar, steps done), `params`, `opt_state`,
 `batch_stats` where the model has batch norms, and `ema`, the averaged weights, where the config
@@ -47,6 +48,8 @@ def make_train_step(
     schedule: Schedule,
     config: Config,
     mesh: Mesh,
+    *,
+    mix_until: int | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
@@ -55,7 +58,9 @@ def make_train_step(
     float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
     `learning_rate`.
 
-    Batch norms take their statistics over the whole micro-batch, on however many devices it is.
+    From step `mix_until` on nothing is mixed. Batch norms take their statistics over the whole
+    micro-batch, on however many devices it is, or over groups of its images
+    (`layers.group_batch_norms`).
     """
     loss_of_outputs = make_loss(config.loss)
 
@@ -68,19 +73,12 @@ def make_train_step(
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         mix_key, erase_key, model_key = jax.random.split(key, 3)
-        images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
         targets = smoothed_one_hot(
             batch["label"], config.model.num_classes, config.loss.label_smoothing
         )
-        images, targets = mix(
-            mix_key,
-            images,
-            targets,
-            mixup_alpha=config.augment.mixup_alpha,
-            cutmix_alpha=config.augment.cutmix_alpha,
-            cutmix_probability=config.augment.cutmix_probability,
+        images, targets = augmented_batch(
+            (mix_key, erase_key), batch["image"], targets, state["step"], config, mix_until
         )
-        images = random_erasing(erase_key, images, config.augment.erasing_probability)
 
         loss, grads, batch_stats = _accumulated(
             jax.value_and_grad(loss_of, has_aux=True),
@@ -111,6 +109,53 @@ def make_train_step(
         out_shardings=replicated(mesh),
         donate_argnums=0,
     )
+
+
+def augmented_batch(
+    keys: tuple[jax.Array, jax.Array],
+    images: jax.Array,
+    targets: jax.Array,
+    step: jax.Array,
+    config: Config,
+    mix_until: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Normalises, mixes and erases a batch in the order that `config.augment` asks for.
+
+    Args:
+      keys: for mixing and for erasing.
+      images: uint8 [B, H, W, 3].
+      targets: float32 [B, classes].
+      step: int32 scalar; from `mix_until` on nothing is mixed.
+
+    Returns:
+      (float32 images, targets) of the same shapes.
+    """
+    mix_key, erase_key = keys
+    augment = config.augment
+    probability = augment.mix_probability
+    if mix_until is not None:
+        probability = jnp.where(step < mix_until, jnp.float32(probability), 0)
+
+    def mixed(images):
+        return mix(
+            mix_key,
+            images,
+            targets,
+            mixup_alpha=augment.mixup_alpha,
+            cutmix_alpha=augment.cutmix_alpha,
+            cutmix_probability=augment.cutmix_probability,
+            probability=probability,
+            group=augment.mix_group,
+        )
+
+    def normalised_and_erased(images):
+        images = normalise(images, config.dataset.mean, config.dataset.std)
+        return random_erasing(erase_key, images, augment.erasing_probability)
+
+    if augment.erase_before_mix:
+        return mixed(normalised_and_erased(images))
+    images, targets = mixed(images)
+    return normalised_and_erased(images), targets
 
 
 def _average(average, weights, decay: float):

@@ -9,7 +9,13 @@ from configs import quickstart
 from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
 from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
-from hybrid_flax.training.step import make_eval_step, make_train_step, new_state, weights_of
+from hybrid_flax.training.step import (
+    augmented_batch,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    weights_of,
+)
 from tests import reference
 
 VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
@@ -24,6 +30,7 @@ def tiny_config():
     config.batch_size = 16
     config.augment.mixup_alpha = 0.8
     config.augment.cutmix_alpha = 1.0
+    config.augment.mix_group = 4  # of 16: with eight devices, two hold one group
     config.augment.erasing_probability = 0.25
     return config
 
@@ -116,6 +123,48 @@ def test_no_collective_gathers_the_images():
     text = step.lower(state, to_devices(batch(), mesh)).compile().as_text()
     gathers = [line for line in text.splitlines() if "all-gather(" in line and "64,64,3" in line]
     assert not gathers
+
+
+def augmented(step=0, mix_until=None, **changes):
+    """(images, targets) of 64 images of the mean colour: what is not 0 afterwards is noise."""
+    config = tiny_config()
+    config.dataset.mean = (0.2, 0.4, 0.6)
+    config.augment.cutmix_alpha = 0.0
+    config.augment.mix_group = 2
+    config.augment.erasing_probability = 1.0
+    config.augment.update(changes)
+    colour = np.uint8([51, 102, 153])  # 255 times the mean
+    images = jnp.broadcast_to(jnp.asarray(colour), (64, 32, 32, 3))
+    keys = jax.random.key(0), jax.random.key(1)
+    images, targets = augmented_batch(keys, images, jnp.eye(64), jnp.int32(step), config, mix_until)
+    return np.asarray(images), np.asarray(targets)
+
+
+def test_erased_noise_is_mixed_or_not_by_the_order():
+    shares, noises = [], []
+    for before in (False, True):
+        images, targets = augmented(erase_before_mix=before)
+        noise = np.abs(images).max(-1) > 1e-5
+        shares.append(noise.mean())
+        noises.append(images[noise].std())
+        if not before:  # one rectangle each
+            rows, columns = noise.any(2), noise.any(1)
+            np.testing.assert_array_equal(noise, rows[:, :, None] & columns[:, None, :])
+        else:  # both halves of a pair have both rectangles, in shares that add up to 1
+            np.testing.assert_array_equal(noise[::2], noise[1::2])
+            own = targets[0, 0]
+            assert targets[0, 1] == pytest.approx(1 - own)
+    assert noises[0] == pytest.approx(1, abs=0.02)
+    assert 0.4 < noises[1] < 0.9
+    assert 1.4 < shares[1] / shares[0] < 2
+
+
+def test_mixing_ends_at_its_step():
+    one_hot = np.eye(64, dtype=np.float32)
+    assert (augmented(step=6, mix_until=7)[1] != one_hot).any()
+    for step in (7, 100):
+        np.testing.assert_array_equal(augmented(step, mix_until=7)[1], one_hot)
+    np.testing.assert_array_equal(augmented(mix_probability=0.0)[1], one_hot)
 
 
 def test_the_average_follows_the_parameters(one_device):
