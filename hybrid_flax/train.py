@@ -75,13 +75,14 @@ def _train(
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
+    mix_until = config.augment.mix_off_epoch * steps_per_epoch or None
     train_step = make_train_step(
         bridge.as_training_function(model),
         optimizer,
         schedule,
         config,
         mesh,
-        mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
+        mix_until,
     )
     eval_step = make_eval_step(bridge.as_function(model), config, mesh)
 

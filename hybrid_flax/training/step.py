@@ -48,7 +48,6 @@ def make_train_step(
     schedule: Schedule,
     config: Config,
     mesh: Mesh,
-    *,
     mix_until: int | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from hybrid_flax.distributed.mesh import batch_sharded, make_mesh, to_devices
-from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
+from hybrid_flax.training.batch_augmentation import (
+    cheap_normal,
+    mix,
+    normalise,
+    random_erasing,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -205,3 +210,38 @@ def test_erasing_replaces_rectangles_of_a_quarter_of_the_images_with_noise():
 def test_erasing_is_off_at_probability_zero():
     images = jnp.ones((2, 8, 8, 3))
     assert random_erasing(jax.random.key(0), images, 0.0) is images
+
+
+_normal = jax.jit(cheap_normal, static_argnums=1)
+
+
+def test_cheap_noise_is_normal_and_independent():
+    shape = (16, 64, 64, 3)
+    noise = np.asarray(_normal(jax.random.key(0), shape), np.float64)
+    count = noise.size
+    assert noise.mean() == pytest.approx(0, abs=4 / np.sqrt(count))
+    assert noise.var() == pytest.approx(1, abs=4 * np.sqrt(2 / count))
+    assert (noise**3).mean() == pytest.approx(0, abs=4 * np.sqrt(15 / count))
+    assert (noise**4).mean() == pytest.approx(3, abs=4 * np.sqrt(96 / count))
+    shares = np.histogram(noise, [-np.inf, -2, -1, 0, 1, 2, np.inf])[0] / count
+    np.testing.assert_allclose(
+        shares, [0.02275, 0.1359, 0.3413, 0.3413, 0.1359, 0.02275], rtol=0.06
+    )
+    assert len(np.unique(noise)) > 0.98 * count
+    neighbours = {
+        axis: np.roll(noise, 1, axis) for axis in range(4)
+    } | {"next step": np.asarray(_normal(jax.random.key(1), shape))}  # fmt: skip
+    for name, other in neighbours.items():
+        assert abs((noise * other).mean()) < 4 / np.sqrt(count), name
+        assert abs((noise**2 * np.square(other)).mean() - 1) < 20 / np.sqrt(count), name
+
+
+def test_cheap_noise_is_the_same_wherever_it_is_made():
+    key, shape = jax.random.key(2), (16, 8, 8, 3)
+    want = _normal(key, shape)
+    sharded = jax.jit(
+        cheap_normal, static_argnums=1, out_shardings=batch_sharded(make_mesh(jax.devices()))
+    )
+    np.testing.assert_array_equal(sharded(key, shape), want)
+    text = sharded.lower(key, shape).compile().as_text()
+    assert "all-gather" not in text
