@@ -35,8 +35,13 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.overrides = ConfigDict()  # other fields of the family's Variant
 
     config.dataset = dataset = ConfigDict()
-    dataset.name = "imagenet2012"  # a TFDS name, "image_folder" or "digits"
+    # A TFDS name, "image_folder", "list_files", "tar_shards", "hugging_face" or "digits".
+    dataset.name = "imagenet2012"
     dataset.path = ""
+    dataset.train_split = "train"  # what the data calls it, or a part of it: "train[:90%]"
+    dataset.val_split = "val"
+    dataset.index = ""  # folder for the index of tar files; "": beside them
+    dataset.cache = False  # keep all files in memory, read once
     dataset.mean = crop.mean
     dataset.std = crop.std
     dataset.num_workers = 8  # processes that prepare batches; 0: threads of this one

@@ -18,7 +18,7 @@ from hybrid_flax import bridge, cli
 from hybrid_flax.checkpoints import check_same, load_weights
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import EvalTransform, eval_batches
-from hybrid_flax.data.sources import open_source
+from hybrid_flax.data.sources import source_of
 from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
 from hybrid_flax.training.step import make_eval_step
 
@@ -83,7 +83,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     config = ml_collections.ConfigDict(config)
     check(config)
     mesh = make_mesh()
-    source = open_source(config.dataset.name, config.dataset.path, "val")
+    source = source_of(config.dataset, "val")
     resolve_classes(config, source)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)

@@ -25,7 +25,7 @@ from hybrid_flax.data.loader import (
     batches_per_epoch,
     train_batches,
 )
-from hybrid_flax.data.sources import Source, open_source
+from hybrid_flax.data.sources import Source, check_same_data, fingerprint, source_of
 from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
 from hybrid_flax.distributed.preemption import StopSignal
 from hybrid_flax.errors import TrainingError
@@ -50,9 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
     """
     config = ml_collections.ConfigDict(config)
     check(config)
-    train_source, val_source = (
-        open_source(config.dataset.name, config.dataset.path, split) for split in ("train", "val")
-    )
+    train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
     mesh = make_mesh()
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
@@ -93,6 +91,8 @@ def _train(
     checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
     template = jax.eval_shape(begin, bridge.get_weights(model))
     restored = checkpoints.restore(template)
+    if restored:
+        check_same_data(train_source, restored[2].get("data", {}), restored[0])
     checkpoints.clear_after(restored[0] if restored else -1)
     if restored:
         step, arrays, _ = restored
@@ -119,6 +119,7 @@ def _train(
         "model": config.model.name,
         "num_classes": config.model.num_classes,
         "image_size": config.model.image_size,
+        "data": fingerprint(train_source),
         "config": to_plain(config),
     }
     batches = train_batches(

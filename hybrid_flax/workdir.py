@@ -26,6 +26,8 @@ from hybrid_flax.versions import versions
 _FREE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "dataset.cache",
+    "dataset.index",
     "dataset.num_workers",
     "dataset.path",
     "eval.batch_size",

@@ -12,6 +12,8 @@ from PIL import Image
 
 import hybrid_flax.train
 from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.data.sources import source_of
+from hybrid_flax.data.sources.part import Part
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.train import train
 from hybrid_flax.training.metrics import read_metrics
@@ -246,6 +248,19 @@ def test_the_work_directory_of_another_run_is_refused(finished):
     assert "seed: the run has 42, you gave 43" in str(error.value)
     assert "optimizer.learning_rate: the run has 0.002, you gave 1.0" in str(error.value)
     assert (finished / "config.json").read_text() == before
+
+
+def test_a_dataset_that_shrank_since_the_checkpoint_is_refused(finished, monkeypatch):
+    def shrunk(dataset, split):
+        return Part(source_of(dataset, split), ":1400", split)
+
+    monkeypatch.setattr(hybrid_flax.train, "source_of", shrunk)
+    before = Checkpoints(finished / "checkpoints").steps()
+    with pytest.raises(
+        ValueError, match=r"changed since the checkpoint of step 10 \(images: 1437 then, 1400 now"
+    ):
+        train(tiny.config(), str(finished))
+    assert Checkpoints(finished / "checkpoints").steps() == before
 
 
 def test_two_processes_cannot_share_a_work_directory(finished):

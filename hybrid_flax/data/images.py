@@ -31,13 +31,17 @@ def pillow_filter(interpolation: str) -> Image.Resampling:
     return FILTERS[interpolation]
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file of any format Pillow knows into RGB.
+def open_photo(data: bytes, name: str) -> Image.Image:
+    """Reads the head of an image file of any format Pillow knows; `rgb` decodes the rest.
 
-    Raises UnreadableImageError, naming the image, for anything that is not a complete image.
+    An orientation noted in EXIF is not applied: timm and torchvision do not, and published
+    accuracies are without. An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
+    pixels) counts as unreadable: Pillow takes it for an attack on memory.
+
+    Raises UnreadableImageError, naming the image, for anything else than an image.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        photo = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"cannot read image {name} ({len(data)} bytes): in no format that Pillow knows"
@@ -46,6 +50,27 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise UnreadableImageError(
             f"cannot read image {name} ({len(data)} bytes): {error}"
         ) from error
+    photo.filename = name  # for the message of `rgb`
+    return photo
+
+
+def rgb(photo: Image.Image) -> Image.Image:
+    """Decodes, and converts any mode as timm does: transparency is dropped, not blended.
+
+    16-bit grey keeps its upper eight bits, where Pillow's own conversion would cut off at 255.
+
+    Raises UnreadableImageError, naming the image, for an incomplete or damaged file.
+    """
+    try:
+        photo.load()
+        if photo.mode.startswith("I"):
+            photo = Image.fromarray((np.asarray(photo) >> 8).clip(0, 255).astype(np.uint8))
+        elif photo.mode == "P":
+            photo = photo.convert("RGBA")  # a palette with transparency, too
+        return photo if photo.mode == "RGB" else photo.convert("RGB")
+    except Exception as error:
+        name = getattr(photo, "filename", "") or f"of mode {photo.mode}, {photo.size}"
+        raise UnreadableImageError(f"cannot read image {name}: {error}") from error
 
 
 def eval_crop(
@@ -83,7 +108,7 @@ def eval_crop(
         width, height = int(resized * width / shorter), int(resized * height / shorter)
     else:
         raise InputError(f'unknown crop_mode {crop_mode!r}; choose "center" or "squash"')
-    photo = photo.convert("RGB").resize((width, height), resample)
+    photo = rgb(photo).resize((width, height), resample)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     return np.asarray(photo.crop((left, top, left + image_size, top + image_size)))
 
@@ -116,5 +141,5 @@ def random_resized_crop(
         crop_width = min(width, round(height * aspect))
         crop_height = min(height, round(width / aspect))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    crop = photo.crop((left, top, left + crop_width, top + crop_height))
+    crop = rgb(photo).crop((left, top, left + crop_width, top + crop_height))
     return crop.resize((image_size, image_size), pillow_filter(interpolation))

@@ -13,15 +13,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import ml_collections
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from hybrid_flax.data.augment import apply_operations, draw_interpolation, fill_colour
-from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop
+from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop, rgb
 from hybrid_flax.data.policies import Policy, parse_policy
 from hybrid_flax.data.repeated import Repeated
 from hybrid_flax.data.sources import Source
@@ -64,15 +65,7 @@ class TrainTransform:
         )
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        photo, label, unreadable = self._read(int(index))
-        photo = random_resized_crop(
-            photo,
-            self.image_size,
-            self.crop_scale,
-            self.crop_ratio,
-            draw_interpolation(self.interpolation, rng),
-            rng,
-        )
+        photo, label, unreadable = self._read(int(index), lambda photo: self._crop(photo, rng))
         if rng.random() < self.flip:
             photo = photo.transpose(0)  # Image.Transpose.FLIP_LEFT_RIGHT
         if self.vertical_flip and rng.random() < self.vertical_flip:
@@ -87,12 +80,28 @@ class TrainTransform:
             "unreadable": np.int32(unreadable),
         }
 
-    def _read(self, index: int):
-        """(photo, label, how many images were unreadable before one was found)."""
+    def _crop(self, photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return random_resized_crop(
+            photo,
+            self.image_size,
+            self.crop_scale,
+            self.crop_ratio,
+            draw_interpolation(self.interpolation, rng),
+            rng,
+        )
+
+    def _read(self, index: int, decode: Callable[[Image.Image], Image.Image] = rgb):
+        """(decoded photo, label, how many images were unreadable before one was found).
+
+        Args:
+          decode: makes an RGB image of a photo that is only opened; `rgb`, or something that needs
+            no more than a part of it.
+        """
         for attempt in range(_SUBSTITUTES):
             try:
                 photo, label = self.source[(index + attempt) % len(self.source)]
-                return photo, label, attempt
+                _check_label(label, self.source, (index + attempt) % len(self.source))
+                return decode(photo), label, attempt
             except UnreadableImageError as error:
                 if not self.skip_unreadable:
                     raise
@@ -129,6 +138,10 @@ class EvalTransform:
     def __call__(self, index: int) -> Batch:
         try:
             photo, label = self.source[int(index)]
+            _check_label(label, self.source, index)
+            image = eval_crop(
+                photo, self.image_size, self.crop_fraction, self.crop_mode, self.interpolation
+            )
         except UnreadableImageError as error:
             if not self.skip_unreadable:
                 raise
@@ -136,15 +149,21 @@ class EvalTransform:
             image, label, mask = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0, 0
         else:
             mask = 1
-            image = eval_crop(
-                photo, self.image_size, self.crop_fraction, self.crop_mode, self.interpolation
-            )
         return {
             "image": image,
             "label": np.int32(label),
             "index": np.int32(index),
             "mask": np.float32(mask),
         }
+
+
+def _check_label(label: int, source: Source, index: int):
+    # A label that is too large would train silently: its one-hot row is all zeros.
+    if not 0 <= label < source.num_classes:
+        raise InputError(
+            f"image number {index} has the label {label}, but there are {source.num_classes} "
+            "classes, counted from 0; splits without labels cannot be used"
+        )
 
 
 @functools.cache

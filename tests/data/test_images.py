@@ -1,3 +1,4 @@
+import io
 import json
 import pathlib
 
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hybrid_flax.data import augment_op, eval_crop
-from hybrid_flax.data.images import UnreadableImageError, decode, random_resized_crop
+from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "data"
 
@@ -67,15 +68,15 @@ def test_bad_arguments_of_the_crop_are_named():
 @pytest.mark.parametrize("data", [b"", b"not a JPEG", b"\xff\xd8\xff\xe0 cut off"])
 def test_what_is_no_image_is_named(data):
     with pytest.raises(UnreadableImageError, match=rf"image cat.JPEG \({len(data)} bytes\)"):
-        decode(data, "cat.JPEG")
+        rgb(open_photo(data, "cat.JPEG"))
 
 
 def test_a_truncated_jpeg_is_unreadable_not_half_grey(tmp_path):
     photo("flower.jpg").save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
-    assert decode(data, "whole").size == (640, 427)
+    assert rgb(open_photo(data, "whole")).size == (640, 427)
     with pytest.raises(UnreadableImageError, match="half"):
-        decode(data[: len(data) // 2], "half")
+        rgb(open_photo(data[: len(data) // 2], "half"))
 
 
 def test_random_resized_crop_draws_areas_and_ratios_in_range():
@@ -116,3 +117,61 @@ def test_operations_equal_timm_to_the_bit(golden):
             source, case["op"], *case["args"], fill=(124, 116, 104), interpolation="bicubic"
         )
         assert hashlib.sha256(np.asarray(result).tobytes()).hexdigest() == case["sha256"], case
+
+
+# -------------------------------------------------------------------- files as people have them
+
+
+def stored(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "want"),
+    [
+        (Image.new("L", (9, 7), 200), "JPEG", {"quality": 100}, (200, 200, 200)),
+        (Image.new("CMYK", (9, 7), (0, 255, 0, 0)), "JPEG", {"quality": 100}, (255, 0, 255)),
+        (Image.new("RGBA", (9, 7), (10, 20, 30, 0)), "PNG", {}, (10, 20, 30)),  # not blended
+        (Image.new("LA", (9, 7), (40, 0)), "PNG", {}, (40, 40, 40)),
+        (Image.new("1", (9, 7), 1), "PNG", {}, (255, 255, 255)),
+        (Image.new("RGB", (9, 7), (255, 0, 0)).quantize(4), "PNG", {}, (255, 0, 0)),
+        (
+            Image.new("RGB", (9, 7), (255, 0, 0)).quantize(4),
+            "PNG",
+            {"transparency": b"\x00"},
+            (255, 0, 0),
+        ),
+        # Pillow's own conversion would cut everything above 255 off: white.
+        (Image.fromarray(np.full((7, 9), 0x8040, np.uint16)), "PNG", {}, (128, 128, 128)),
+        (Image.fromarray(np.full((7, 9), 0x8040, np.uint16)), "TIFF", {}, (128, 128, 128)),
+    ],
+    ids=["grey", "CMYK", "RGBA", "LA", "1", "palette", "transparent", "16-bit", "16-bit TIFF"],
+)
+def test_every_kind_of_file_becomes_rgb(image, kind, options, want):
+    photo = rgb(open_photo(stored(image, kind, **options), "x"))
+    assert (photo.mode, photo.size) == ("RGB", (9, 7))
+    np.testing.assert_allclose(photo.getpixel((4, 3)), want, atol=2)
+
+
+def test_an_exif_orientation_is_not_applied_as_in_timm():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    assert rgb(open_photo(stored(Image.new("RGB", (9, 7)), "JPEG", exif=exif), "x")).size == (9, 7)
+
+
+def test_an_image_too_large_to_be_one_is_unreadable(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    data = stored(Image.new("RGB", (9, 7)), "PNG")
+    with pytest.raises(UnreadableImageError, match="image bomb.png .*decompression bomb"):
+        open_photo(data, "bomb.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (5000, 2)])
+def test_a_training_crop_of_any_size_of_photo(size):
+    crop = random_resized_crop(
+        Image.new("RGB", size, (7, 8, 9)), 16, (0.08, 1), (3 / 4, 4 / 3), "bicubic",
+        np.random.default_rng(0),
+    )  # fmt: skip
+    np.testing.assert_array_equal(crop, np.full((16, 16, 3), (7, 8, 9)))

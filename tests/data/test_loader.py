@@ -20,6 +20,8 @@ from hybrid_flax.data.loader import (
 )
 from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.repeated import Repeated
+from hybrid_flax.data.sources import open_source
+from tests.data.test_sources import write_images
 
 
 class Coloured:
@@ -217,6 +219,42 @@ def test_an_unreadable_validation_image_is_masked_or_fatal():
     fatal = EvalTransform(Coloured(13, bad=(5,)), 8, 0.875, "center", "bicubic", False)
     with pytest.raises(ValueError, match="cannot read image number 5"):
         list(eval_batches(fatal, batch_size=13))
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1000])
+def test_a_label_outside_the_classes_stops_training_and_evaluation(label):
+    class Wrong(Coloured):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], label
+
+    message = rf"image number \d has the label {label}, but there are 5 classes, counted from 0"
+    with pytest.raises(ValueError, match=message):
+        take(train_batches(transform(Wrong(6), skip=True), batch_size=3, seed=0), 1)
+    with pytest.raises(ValueError, match=message):
+        list(eval_batches(EvalTransform(Wrong(6), 8, 1, "center", "box", True), batch_size=3))
+
+
+def test_more_processes_than_images():
+    source = transform(Coloured(2))
+    whole = take(train_batches(source, batch_size=2, seed=0), 5)
+    batches = train_batches(source, batch_size=2, seed=0, num_workers=3)
+    assert_equal(take(batches, 5), whole)
+    batches.close()
+
+
+def test_a_file_damaged_after_its_head_is_skipped_or_named(tmp_path, caplog):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "a", 4, size=(64, 64))
+        bad = tmp_path / split / "a" / "0002.JPEG"
+        bad.write_bytes(bad.read_bytes()[:-40])
+    train, val = (open_source("image_folder", str(tmp_path), split) for split in ("train", "val"))
+    (batch,) = take(train_batches(transform(train, skip=True), batch_size=4, seed=0), 1)
+    assert batch["unreadable"].sum() == 1
+    assert "train/a/0002.JPEG: image file is truncated" in caplog.text
+    (batch,) = eval_batches(EvalTransform(val, 8, 1, "center", "box", True), batch_size=4)
+    assert batch["mask"].tolist() == [1, 1, 0, 1]
+    with pytest.raises(ValueError, match="train/a/0002.JPEG: image file is truncated"):
+        take(train_batches(transform(train), batch_size=4, seed=0), 1)
 
 
 _TRAINER = """

@@ -1,0 +1,91 @@
+"""Where images come from: random access by index, one small interface.
+
+`base.py` says what a source is; each kind of storage has a file.
+"""
+
+import ml_collections
+
+from hybrid_flax.data.sources.base import (
+    Encoded,
+    EncodedSource,
+    Source,
+    check_same_data,
+    fingerprint,
+)
+from hybrid_flax.data.sources.digits import Digits
+from hybrid_flax.data.sources.files import ImageFolder, ListFiles
+from hybrid_flax.data.sources.memory import InMemory
+from hybrid_flax.data.sources.part import Part, split_name
+from hybrid_flax.data.sources.tables import HuggingFace
+from hybrid_flax.data.sources.tars import TarShards
+from hybrid_flax.data.sources.tfds import TfdsSource
+
+__all__ = [
+    "Encoded",
+    "EncodedSource",
+    "Source",
+    "check_same_data",
+    "fingerprint",
+    "open_source",
+    "source_of",
+]
+
+
+def open_source(
+    name: str,
+    path: str,
+    split: str,
+    *,
+    train_split: str = "train",
+    val_split: str = "val",
+    index: str = "",
+    cache: bool = False,
+) -> EncodedSource:
+    """Opens one split of a dataset.
+
+    Args:
+      name: "digits" (bundled with scikit-learn), "image_folder", "list_files", "tar_shards",
+        "hugging_face", or a TFDS dataset.
+      path: folder of the images, or TFDS's data folder ("" for its default).
+      split: "train" or "val".
+      train_split: what the data calls it; a part of it as `train[:90%]`, see `part.py`.
+      val_split: likewise.
+      index: folder for the index of tar files, "" for beside them.
+      cache: read every file once, now, and keep the bytes in memory that all processes share.
+
+    Raises:
+      InputError: the dataset is unknown, not prepared, empty or inconsistent.
+    """
+    wanted = val_split if split == "val" else train_split
+    if name in _OURS:
+        base, part = split_name(wanted)
+        train, _ = split_name(train_split)
+        source = _OURS[name](path, base, train, index)
+        source = Part(source, part, wanted) if part else source
+    else:
+        source = TfdsSource(name, path, wanted)
+    return InMemory(source) if cache else source
+
+
+_OURS = {
+    "digits": lambda path, split, train, index: Digits(split),
+    "image_folder": lambda path, split, train, index: ImageFolder(path, split, train),
+    "list_files": lambda path, split, train, index: ListFiles(path, split, train),
+    "tar_shards": lambda path, split, train, index: TarShards(
+        path, split, train=train, index=index
+    ),
+    "hugging_face": lambda path, split, train, index: HuggingFace(path, split),
+}
+
+
+def source_of(dataset: ml_collections.ConfigDict, split: str) -> EncodedSource:
+    """The split, "train" or "val", of a config's `dataset`."""
+    return open_source(
+        dataset.name,
+        dataset.path,
+        split,
+        train_split=dataset.train_split,
+        val_split=dataset.val_split,
+        index=dataset.index,
+        cache=dataset.cache,
+    )

@@ -1,0 +1,102 @@
+"""What every source of images is, and what those that hold encoded files share."""
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from hybrid_flax.data.images import open_photo
+from hybrid_flax.errors import InputError
+
+TRY_DIGITS = (
+    "To try without any data: --config.dataset.name=digits, the handwritten digits that "
+    "scikit-learn bundles"
+)
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+class Source(Protocol):
+    """A labelled image collection with random access.
+
+    Instances are pickled into data-loading processes: what is open stays behind, and is opened
+    again there when first needed.
+    """
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """(photo, label). The photo may be opened only: `images.rgb` decodes it.
+
+        Raises UnreadableImageError, which names the image.
+        """
+        ...
+
+
+class Encoded(NamedTuple):
+    """An image file as it was stored."""
+
+    data: bytes
+    label: int
+    name: str  # for messages
+
+
+class EncodedSource:
+    """A source of encoded image files: `read` is what a kind of storage has to define.
+
+    Attributes:
+      num_classes: how many there are; labels lie below it.
+      class_names: their names; None where the data has none.
+      labels: int array [N] of all labels; None where finding out means reading every image.
+    """
+
+    num_classes: int
+    class_names: list[str] | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Encoded:
+        """The image's bytes. Raises UnreadableImageError, which names it."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        data, label, name = self.read(int(index))
+        return open_photo(data, name), label
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
+    """InputError naming the first label that is no class number."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise InputError(
+            f"{where}: image number {wrong[0]} has the label {labels[wrong[0]]}, and {len(wrong)} "
+            f"of {len(labels)} labels are not from 0 to {num_classes - 1}"
+            + (". Splits without labels cannot be used" if (labels < 0).all() else "")
+        )
+
+
+def fingerprint(source: Source) -> dict[str, int | str]:
+    """What must not change while a run goes on: an image's number stands for it in every epoch."""
+    labels = getattr(source, "labels", None)
+    known = {} if labels is None else {"labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
+    return {"images": len(source), "classes": source.num_classes, **known}
+
+
+def check_same_data(source: Source, before: dict[str, int | str], step: int) -> None:
+    """InputError if the training images are not those that a checkpoint was made with."""
+    now = fingerprint(source)
+    changes = [
+        f"{name}: {before[name]} then, {now[name]} now"
+        for name in ("images", "classes", "labels")
+        if name in before and name in now and before[name] != now[name]
+    ]
+    if changes:
+        raise InputError(
+            f"the training data changed since the checkpoint of step {step} "
+            f"({'; '.join(changes)}): the run would go on with other images. Give it the same "
+            "data, or begin another --workdir with --config.init_from= this one"
+        )

@@ -1,0 +1,47 @@
+"""A part of a split, by a slice as TFDS writes it: `train[:90%]`, `train[5000:]`."""
+
+import re
+
+import numpy as np
+
+from hybrid_flax.data.sources.base import Encoded, EncodedSource
+from hybrid_flax.errors import InputError
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """(name, slice or ""): "train[:90%]" → ("train", ":90%"). InputError for anything else."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*%?:\d*%?)\])?", text)
+    if not match:
+        raise InputError(
+            f"split {text!r} is not understood; expected a name, or a part such as train[:90%], "
+            "train[90%:], train[:5000]"
+        )
+    return match[1], match[2] or ""
+
+
+class Part(EncodedSource):
+    """A slice of another source, in a random order that is always the same.
+
+    In that order, because files are sorted by class: so `train[:90%]` and `train[90%:]` share out
+    the images, and both have all classes.
+    """
+
+    def __init__(self, source: EncodedSource, part: str, name: str):
+        count = len(source)
+        begin, end = (_place(text, count) for text in part.split(":"))
+        order = np.random.RandomState(0).permutation(count)
+        self._chosen = np.sort(order[slice(begin, end)])
+        if not len(self._chosen):
+            raise InputError(f"the split {name!r} is empty: there are {count} images in all")
+        self._source = source
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.labels = source.labels[self._chosen]
+
+    def read(self, index: int) -> Encoded:
+        return self._source.read(int(self._chosen[index]))
+
+
+def _place(text: str, count: int) -> int | None:
+    if not text:
+        return None
+    return round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
