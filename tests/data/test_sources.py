@@ -148,11 +148,27 @@ def test_data_that_is_not_prepared_says_how_to_and_offers_digits(tmp_path):
     with pytest.raises(ValueError, match="imagenet2012 is not prepared in") as error:
         open_source("imagenet2012", str(tmp_path), "train")
     text = str(error.value)
-    assert "tfds build imagenet2012 --file_format=array_record" in text
-    assert f"--data_dir={tmp_path} --manual_dir=MANUAL_DIR" in text
-    assert "ILSVRC2012_img_train.tar" in text
+    assert "python -m hybrid_flax.data.prepare_imagenet --train_tar=ILSVRC2012_img_train" in text
+    assert f"--out={tmp_path}" in text
     assert "--config.dataset.name=image_folder" in text
     assert "--config.dataset.name=digits" in text
+    with pytest.raises(ValueError, match="cifar10 is not prepared in") as error:
+        open_source("cifar10", str(tmp_path), "train")
+    assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in str(
+        error.value
+    )
+
+
+def test_splits_of_tfds_datasets(tfds_folder):
+    def images(split):
+        return len(open_source("tiny_photos", tfds_folder, "train", train_split=split))
+
+    assert [images(split) for split in ("train[:50%]", "train[50%:]", "validation")] == [3, 3, 4]
+    with pytest.raises(ValueError, match="tiny_photos has no split extra; it has train, val"):
+        images("extra")
+    for split in ("train[:0]", "train[x]"):
+        with pytest.raises(ValueError, match="tiny_photos has no images in the split 'train"):
+            images(split)
 
 
 def test_unknown_datasets_get_a_suggestion():

@@ -47,9 +47,11 @@ class TfdsSource(EncodedSource):
                 f"dataset {name} in {builder.data_dir} is stored as "
                 f"{builder.info.file_format.name}, which has no random access. {prepare}"
             ) from None
+        except ValueError as error:  # a slice that is none, or is empty
+            raise InputError(
+                f"dataset {name} has no images in the split {found!r}: {error}"
+            ) from error
         self._name = f"{name}/{found}"
-        if not len(self._records):
-            raise InputError(f"{self._name} in {builder.data_dir} has no images")
         label = builder.info.features["label"]
         self.num_classes, self.class_names = label.num_classes, label.names
 
@@ -75,18 +77,23 @@ def _find_split(name: str, split: str, splits) -> str:
 
 
 def _how_to_prepare(name: str, path: str) -> str:
-    manual = ""
     if name == "imagenet2012":
-        manual = (
-            "\n  (first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from "
-            "https://image-net.org, into MANUAL_DIR)"
+        how = (
+            "Make it once from the two tar files of https://image-net.org:\n"
+            "  python -m hybrid_flax.data.prepare_imagenet --train_tar=ILSVRC2012_img_train.tar "
+            f"--val_tar=ILSVRC2012_img_val.tar --out={path or 'DIR'}"
+            + ("" if path else "\nand train with --config.dataset.path=DIR.")
+        )
+    else:
+        how = (
+            "Prepare it once, in an environment of its own because that step needs TensorFlow:\n"
+            "  python -m venv tfds-env && tfds-env/bin/pip install tensorflow tensorflow-datasets "
+            "array_record\n"
+            f"  tfds-env/bin/tfds build {name} --file_format=array_record"
+            f"{f' --data_dir={path}' if path else ''}"
         )
     return (
-        "Prepare it once, in an environment of its own because that step needs TensorFlow:\n"
-        "  python -m venv tfds-env && tfds-env/bin/pip install tensorflow tensorflow-datasets "
-        f"array_record{manual}\n"
-        f"  tfds-env/bin/tfds build {name} --file_format=array_record"
-        f"{f' --data_dir={path}' if path else ''}{' --manual_dir=MANUAL_DIR' if manual else ''}\n"
+        f"{how}\n"
         "Or use folders of images: --config.dataset.name=image_folder --config.dataset.path=DIR.\n"
         f"{TRY_DIGITS}."
     )
