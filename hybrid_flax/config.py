@@ -57,6 +57,7 @@ _CHECKS = {
     "model.batch_norm_group": _above(-1),
     "dataset.num_workers": _above(-1),
     "dataset.on_unreadable": _one_of("error", "skip"),
+    "dataset.decode": _one_of("exact", "fast"),
     "augment.crop_scale": (
         lambda value: _range_above_zero(value) and value[1] <= 1,
         "(low, high) with 0 < low ≤ high ≤ 1",

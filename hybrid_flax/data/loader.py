@@ -47,6 +47,7 @@ class TrainTransform:
     fill: tuple[int, int, int]
     skip_unreadable: bool
     vertical_flip: float = 0.0  # probability
+    fast_decode: bool = False
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "TrainTransform":
@@ -62,6 +63,7 @@ class TrainTransform:
             fill_colour(config.dataset.mean),
             config.dataset.on_unreadable == "skip",
             augment.vertical_flip,
+            fast_decode=config.dataset.decode == "fast",
         )
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
@@ -88,6 +90,7 @@ class TrainTransform:
             self.crop_ratio,
             draw_interpolation(self.interpolation, rng),
             rng,
+            fast=self.fast_decode,
         )
 
     def _read(self, index: int, decode: Callable[[Image.Image], Image.Image] = rgb):

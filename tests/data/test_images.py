@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybrid_flax.data import augment_op, eval_crop
+from hybrid_flax.data import augment_op, eval_crop, images
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "data"
@@ -175,3 +175,61 @@ def test_a_training_crop_of_any_size_of_photo(size):
         np.random.default_rng(0),
     )  # fmt: skip
     np.testing.assert_array_equal(crop, np.full((16, 16, 3), (7, 8, 9)))
+
+
+# ----------------------------------------------------------------- decoding no more than is needed
+
+
+def crops(data, count=12, size=48, fast=False):
+    """Random crops of a file, and of the same file decoded beforehand."""
+    for seed in range(count):
+        whole = rgb(open_photo(data, "whole"))
+        whole.encoded = None
+        yield [
+            np.asarray(
+                random_resized_crop(
+                    each, size, (0.08, 1), (3 / 4, 4 / 3), "bicubic",
+                    np.random.default_rng(seed), fast=fast,
+                )
+            ).astype(int)
+            for each in (open_photo(data, "part"), whole)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True},
+                                     {"restart_marker_rows": 1}])  # fmt: skip
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_crop_of_a_file_equals_the_crop_of_the_decoded_photo(options, mode):
+    source = photo("china.jpg").resize((203, 151)).convert(mode)
+    for got, want in crops(stored(source, "JPEG", quality=90, **options)):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_rows_below_the_crop_are_not_decoded(monkeypatch):
+    data = stored(photo("china.jpg"), "JPEG")
+    opened = []
+    original = images.open_photo
+    monkeypatch.setattr(
+        images, "open_photo", lambda *args: opened.append(original(*args)) or opened[-1]
+    )
+    images._decode_part(original(data, "x"), (10, 20, 300, 100), None)
+    assert [image.size for image in opened] == [(640, 128)]
+    images._decode_part(original(data, "x"), (10, 20, 300, 420), None)
+    assert len(opened) == 1
+
+
+def test_a_file_that_is_cut_off_below_the_crop_is_still_unreadable():
+    data = stored(photo("china.jpg"), "JPEG")
+    with pytest.raises(UnreadableImageError, match="image tail.jpg: image file is truncated"):
+        images._decode_part(open_photo(data[: -len(data) // 4], "tail.jpg"), (9, 20, 300, 60), None)
+
+
+def test_fast_decoding_gives_almost_the_same_crop():
+    data = stored(photo("flower.jpg"), "JPEG", quality=95)
+    differences = [np.abs(got - want).mean() for got, want in crops(data, size=32, fast=True)]
+    assert 0 < max(differences) < 4  # of 255
+    factors = [
+        images._decode_part(open_photo(data, "x"), (0, 0, side, side), 32)[1]
+        for side in (32, 63, 64, 127, 128, 256, 427)
+    ]
+    assert factors == [1, 1, 2, 2, 4, 8, 8]
