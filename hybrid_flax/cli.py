@@ -11,8 +11,12 @@ from ml_collections import config_flags
 from hybrid_flax.errors import InputError, TrainingError
 
 
-def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
+def run(
+    main: Callable[[ml_collections.ConfigDict, str], int | None], *, needs_workdir: bool = True
+) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
+
+    Without `needs_workdir` the latter may be missing, and is "" then.
 
     Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
     stop.
@@ -27,7 +31,9 @@ def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
         try:
             if arguments[1:]:
                 raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
-            return main(_config(config_flag), _required("workdir", workdir_flag.value))
+            if needs_workdir:
+                _require("workdir", workdir_flag.value)
+            return main(_config(config_flag), workdir_flag.value or "")
         except (InputError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
@@ -46,10 +52,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     raise SystemExit(2)
 
 
-def _required(name: str, value: str | None) -> str:
+def _require(name: str, value: str | None) -> None:
     if not value:
         raise InputError(f"--{name} is missing")
-    return value
 
 
 def _config(flag) -> ml_collections.ConfigDict:
