@@ -96,7 +96,6 @@ def batches(photos: Photos, batch_size: int, workers: int) -> Iterator[torch.Ten
         collate_fn=_collate,
         drop_last=True,
         persistent_workers=True,
-        multiprocessing_context="spawn",
     )
     while True:
         for images, _ in loader:

@@ -31,9 +31,10 @@ def run(
         try:
             if arguments[1:]:
                 raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
-            if needs_workdir:
-                _require("workdir", workdir_flag.value)
-            return main(_config(config_flag), workdir_flag.value or "")
+            config = _config(config_flag)
+            if needs_workdir and not workdir_flag.value:
+                raise InputError("--workdir is missing")
+            return main(config, workdir_flag.value or "")
         except (InputError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
@@ -50,11 +51,6 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         message = "--config has no such field: " + str(error.args[0]).replace("\n", ". ")
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _require(name: str, value: str | None) -> None:
-    if not value:
-        raise InputError(f"--{name} is missing")
 
 
 def _config(flag) -> ml_collections.ConfigDict:
