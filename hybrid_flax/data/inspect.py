@@ -145,12 +145,12 @@ def _speed(
 
     stages = _stages(transform, sample[:_PROFILED])
     alone = sum(stages.values())
-    side_by_side = max(1, min(workers, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    side_by_side = max(1, min(workers, cores))
     stages["batch and transfer"] = max(0.0, side_by_side / speed - alone)
     limit = max(stages, key=stages.get)
     return [
-        f"the loader: {speed:,.0f} images/s with {workers} processes on "
-        f"{len(os.sched_getaffinity(0))} cores",
+        f"the loader: {speed:,.0f} images/s with {workers} processes on {cores} cores",
         "one image in one process: "
         + ", ".join(f"{name} {1e3 * spent:.2f} ms" for name, spent in stages.items()),
         f"{limit} takes longest. {_ADVICE[limit]}",
