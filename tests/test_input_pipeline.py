@@ -1,12 +1,16 @@
 """The benchmark of the loader: its files, its opponent, what it refuses."""
 
 import itertools
+import json
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import input_pipeline, input_pipeline_torch
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,13 @@ def test_what_cannot_be_measured_is_said(capsys):
     ):
         assert input_pipeline.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_readme_has_the_figures_that_were_measured():
+    result = json.loads((ROOT / "benchmarks" / "results" / "input_pipeline_cpu.json").read_text())
+    median = {name: f"{speed:.0f}" for name, speed in result["median"].items()}
+    readme = (ROOT / "README.md").read_text()
+    assert (
+        f"{median['exact']} images per second of a core's time to its {median['pytorch']}, "
+        f"{median['fast']} with" in readme
+    )
