@@ -50,6 +50,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     dataset.std = crop.std
     dataset.num_workers = 8  # processes that prepare batches; 0: threads of this one
     dataset.on_unreadable = "error"  # or "skip": leave the image out, and say so
+    dataset.label_maps = ""  # folder of label maps, for token labelling
 
     config.augment = augment = ConfigDict()
     augment.crop_scale = (0.08, 1.0)
@@ -190,9 +191,11 @@ def glnet(name: str) -> ConfigDict:
 def glnet_token_labelling(name: str) -> ConfigDict:
     """GLNet with token labelling: MixToken inside the model, no other mixing, no average.
 
-    The label maps are not read yet: every token is taught its image's label. The learning rate
-    changes once per epoch and, in the authors' loop, one epoch late. Ten cool-down epochs in their
-    config are never reached. The YAML's mixing and repeated augmentation are ignored by their code,
+    Name the folder of the label maps with `--config.dataset.label_maps=`; without them every token
+    is taught its image's label. The authors' code cuts the maps' crops transposed (D30), we as the
+    image is cut; `--config.loss.transposed_crops=True` does as they did. The learning rate changes
+    once per epoch and, in the authors' loop, one epoch late. Ten cool-down epochs in their config
+    are never reached (D20). The YAML's mixing and repeated augmentation are ignored by their code,
     and so here (D19). Batch statistics are of the 128 images of a GPU; they average the running
     ones after each epoch, here they are averaged always.
     """
@@ -203,7 +206,12 @@ def glnet_token_labelling(name: str) -> ConfigDict:
     config.augment.cutmix_alpha = 0.0
     config.model.batch_norm_group = 128
     config.loss = ConfigDict(
-        {"name": "token_labelling", "label_smoothing": 0.1, "dense_weight": 0.5}
+        {
+            "name": "token_labelling",
+            "label_smoothing": 0.1,
+            "dense_weight": 0.5,
+            "transposed_crops": False,
+        }
     )
     config.ema_decay = 0.0
     config.schedule.warmup_epochs = 5.0

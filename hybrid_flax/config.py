@@ -107,10 +107,26 @@ def check(config: ml_collections.ConfigDict) -> None:
             problems.append(f"--config.{name}={value!r}: expected {expected}")
     if problems:
         raise InputError("\n".join(problems))
+    _check_label_maps(config)
     parse_policy(config.augment.auto_augment)
     _check_group(config, "augment.mix_group", config.batch_size)
     micro_batch = config.batch_size // config.accumulation_steps
     _check_group(config, "model.batch_norm_group", micro_batch)
+
+
+def _check_label_maps(config) -> None:
+    if not config.dataset.label_maps:
+        return
+    if config.loss.name != "token_labelling":
+        raise InputError(
+            f"--config.dataset.label_maps={config.dataset.label_maps}: loss "
+            f"{config.loss.name!r} does not use them; take configs/glnet_4g_tklb.py or 9g"
+        )
+    if config.augment.mixup_alpha or config.augment.cutmix_alpha:
+        raise InputError(
+            "--config.dataset.label_maps: images with label maps are mixed inside the model; set "
+            "--config.augment.mixup_alpha=0 and --config.augment.cutmix_alpha=0"
+        )
 
 
 def _check_group(config, name: str, images: int) -> None:

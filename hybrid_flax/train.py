@@ -67,6 +67,7 @@ def _train(
     val_source: Source,
 ) -> int:
     # --------------------------------------------------------------- model, optimizer, both steps
+    transform = TrainTransform.from_config(config, train_source)
     steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval.every_epochs * steps_per_epoch
@@ -123,7 +124,7 @@ def _train(
         "config": to_plain(config),
     }
     batches = train_batches(
-        TrainTransform.from_config(config, train_source),
+        transform,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=step,
@@ -205,7 +206,8 @@ def _feed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[dict[str, jax.
     """(batch on the devices, how many unreadable images it left out), copied one batch ahead."""
     ahead = None
     for batch in batches:
-        on_devices = to_devices({name: batch[name] for name in ("image", "label")}, mesh)
+        names = [name for name in batch if name not in ("index", "unreadable")]
+        on_devices = to_devices({name: batch[name] for name in names}, mesh)
         if ahead:
             yield ahead
         ahead = on_devices, int(batch["unreadable"].sum())

@@ -5,6 +5,7 @@ list of `Operation`s, complete with everything random, so that whatever belongs 
 label map) can be moved by the same list.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,10 +34,6 @@ def _hue(photo, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def _affine(photo, matrix, **geometry):
-    return photo.transform(photo.size, Image.Transform.AFFINE, matrix, **geometry)
-
-
 _WITHOUT_ARGUMENT = {
     "AutoContrast": ImageOps.autocontrast,
     "Equalize": ImageOps.equalize,
@@ -53,23 +50,15 @@ _COLOUR = {
     "Hue": _hue,
     "GaussianBlur": lambda photo, radius: photo.filter(ImageFilter.GaussianBlur(radius)),
 }
-_GEOMETRIC = {
-    "Rotate": lambda photo, degrees, **geometry: photo.rotate(degrees, **geometry),
-    "ShearX": lambda photo, shear, **geometry: _affine(photo, (1, shear, 0, 0, 1, 0), **geometry),
-    "ShearY": lambda photo, shear, **geometry: _affine(photo, (1, 0, 0, shear, 1, 0), **geometry),
-    "TranslateX": lambda photo, part, **geometry: _affine(
-        photo, (1, 0, part * photo.size[0], 0, 1, 0), **geometry
-    ),
-    "TranslateY": lambda photo, part, **geometry: _affine(
-        photo, (1, 0, 0, 0, 1, part * photo.size[1]), **geometry
-    ),
-    "TranslateXPixels": lambda photo, pixels, **geometry: _affine(
-        photo, (1, 0, pixels, 0, 1, 0), **geometry
-    ),
-    "TranslateYPixels": lambda photo, pixels, **geometry: _affine(
-        photo, (1, 0, 0, 0, 1, pixels), **geometry
-    ),
+_AFFINE = {  # Pillow's six numbers, from a place in the result to one in the photo
+    "ShearX": lambda shear, size: (1, shear, 0, 0, 1, 0),
+    "ShearY": lambda shear, size: (1, 0, 0, shear, 1, 0),
+    "TranslateX": lambda part, size: (1, 0, part * size[0], 0, 1, 0),
+    "TranslateY": lambda part, size: (1, 0, 0, 0, 1, part * size[1]),
+    "TranslateXPixels": lambda pixels, size: (1, 0, pixels, 0, 1, 0),
+    "TranslateYPixels": lambda pixels, size: (1, 0, 0, 0, 1, pixels),
 }
+_GEOMETRIC = ("Rotate", *_AFFINE)
 _OPS = (*_WITHOUT_ARGUMENT, *_COLOUR, *_GEOMETRIC)
 
 
@@ -103,8 +92,13 @@ def augment_op(
     if len(args) != expected:
         raise InputError(f"{name} takes {expected} argument(s), got {len(args)}: {args}")
     resample = pillow_filter(interpolation)
-    if name in _GEOMETRIC:
-        return _GEOMETRIC[name](photo, *args, resample=resample, fillcolor=tuple(fill))
+    if name == "Rotate":
+        return photo.rotate(*args, resample=resample, fillcolor=tuple(fill))
+    if name in _AFFINE:
+        matrix = _AFFINE[name](*args, photo.size)
+        return photo.transform(
+            photo.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=tuple(fill)
+        )
     return (_WITHOUT_ARGUMENT | _COLOUR)[name](photo, *args)
 
 
@@ -120,6 +114,17 @@ class Operation(NamedTuple):
     def is_geometric(self) -> bool:
         """Whether it moves pixels; all others only change their colours."""
         return self.name in _GEOMETRIC
+
+    def source_of_pixels(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(matrix [2, 2], offset [2]): a geometric operation shows at (x, y) what was at
+        matrix·(x, y) + offset, in a photo of this width and height."""
+        if self.name == "Rotate":
+            angle = math.radians(self.args[0])
+            cos, sin = math.cos(angle), math.sin(angle)
+            matrix, centre = np.array([[cos, -sin], [sin, cos]]), np.array(size) / 2
+            return matrix, centre - matrix @ centre
+        a, b, c, d, e, f = _AFFINE[self.name](*self.args, size)
+        return np.array([[a, b], [d, e]]), np.array([c, f])
 
 
 def apply_operations(

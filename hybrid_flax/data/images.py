@@ -113,6 +113,9 @@ def eval_crop(
     return np.asarray(photo.crop((left, top, left + image_size, top + image_size)))
 
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
 def random_resized_crop(
     photo: Image.Image,
     image_size: int,
@@ -122,7 +125,7 @@ def random_resized_crop(
     rng: np.random.Generator,
     *,
     fast: bool = False,
-) -> Image.Image:
+) -> tuple[Image.Image, Box]:
     """A random part of the photo, resized to image_size × image_size (Szegedy et al., 2015).
 
     Ten tries for an area uniform in `scale` (fractions of the photo's area) with an aspect ratio
@@ -132,6 +135,9 @@ def random_resized_crop(
     With `fast`, a JPEG of whose part both sides are at least twice image_size is decoded at 1/2,
     1/4 or 1/8 of its size, and the filter has less than a factor of two left to do: almost the same
     image, not the same.
+
+    Returns:
+      The RGB image, and which part of the photo it shows.
     """
     width, height = photo.size
     for _ in range(10):
@@ -151,13 +157,11 @@ def random_resized_crop(
     photo, factor = _decode_part(photo, box, image_size if fast else None)
     size, resample = (image_size, image_size), pillow_filter(interpolation)
     if factor == 1:
-        return photo.crop(box).resize(size, resample)
-    return photo.resize(size, resample, tuple(side / factor for side in box))
+        return photo.crop(box).resize(size, resample), box
+    return photo.resize(size, resample, tuple(side / factor for side in box)), box
 
 
-def _decode_part(
-    photo: Image.Image, box: tuple[int, int, int, int], enough: int | None
-) -> tuple[Image.Image, int]:
+def _decode_part(photo: Image.Image, box: Box, enough: int | None) -> tuple[Image.Image, int]:
     """(RGB with at least that part of the photo, by which factor it is reduced).
 
     Args:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from hybrid_flax.data.augment import apply_operations, draw_interpolation, fill_colour
 from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop, rgb
+from hybrid_flax.data.label_maps import LabelMaps, flip, move
 from hybrid_flax.data.policies import Policy, parse_policy
 from hybrid_flax.data.repeated import Repeated
 from hybrid_flax.data.sources import Source
@@ -35,7 +36,11 @@ _SUBSTITUTES = 50  # neighbours tried for an unreadable training image
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, flips, the policy, in timm's order; index → one training example."""
+    """Random resized crop, flips, the policy, in timm's order; index → one training example.
+
+    With label maps the crop comes last and the example has `label_map` float16 [2, K, H, W], moved
+    as the image was, and `crop` float32 [4]: left, top, width and height, as fractions of it.
+    """
 
     source: Source
     image_size: int
@@ -48,6 +53,7 @@ class TrainTransform:
     skip_unreadable: bool
     vertical_flip: float = 0.0  # probability
     fast_decode: bool = False
+    label_maps: LabelMaps | None = None
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "TrainTransform":
@@ -64,26 +70,42 @@ class TrainTransform:
             config.dataset.on_unreadable == "skip",
             augment.vertical_flip,
             fast_decode=config.dataset.decode == "fast",
+            label_maps=_open_label_maps(config, source),
         )
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        photo, label, unreadable = self._read(int(index), lambda photo: self._crop(photo, rng))
-        if rng.random() < self.flip:
-            photo = photo.transpose(0)  # Image.Transpose.FLIP_LEFT_RIGHT
-        if self.vertical_flip and rng.random() < self.vertical_flip:
-            photo = photo.transpose(1)  # Image.Transpose.FLIP_TOP_BOTTOM
+        label_map, extra = None, {}
+        if self.label_maps is None:
+            found, photo, label = self._read(int(index), lambda photo: self._crop(photo, rng)[0])
+        else:
+            found, photo, label = self._read(int(index))
+            label_map = self.label_maps.read(self.source.name(found))
+        for vertically, probability in ((False, self.flip), (True, self.vertical_flip)):
+            if probability and rng.random() < probability:
+                photo = photo.transpose(int(vertically))  # FLIP_LEFT_RIGHT or FLIP_TOP_BOTTOM
+                if label_map is not None:
+                    label_map = flip(label_map, vertically=vertically)
         if self.policy:
             operations = self.policy.draw(rng, self.interpolation)
             photo = apply_operations(photo, operations, fill=self.fill)
+            if label_map is not None:
+                for operation in operations:
+                    label_map = move(label_map, operation, photo.size)
+        if label_map is not None:
+            photo, crop = self._crop(photo, rng)
+            extra = {"label_map": np.ascontiguousarray(label_map), "crop": crop}
         return {
             "image": np.asarray(photo),
             "label": np.int32(label),
             "index": np.int32(index),
-            "unreadable": np.int32(unreadable),
+            "unreadable": np.int32((found - index) % len(self.source)),
+            **extra,
         }
 
-    def _crop(self, photo: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return random_resized_crop(
+    def _crop(self, photo: Image.Image, rng: np.random.Generator):
+        """(a random part of the photo, which part of it that is)"""
+        width, height = photo.size
+        cropped, (left, top, right, bottom) = random_resized_crop(
             photo,
             self.image_size,
             self.crop_scale,
@@ -92,19 +114,22 @@ class TrainTransform:
             rng,
             fast=self.fast_decode,
         )
+        part = left / width, top / height, (right - left) / width, (bottom - top) / height
+        return cropped, np.array(part, np.float32)
 
     def _read(self, index: int, decode: Callable[[Image.Image], Image.Image] = rgb):
-        """(decoded photo, label, how many images were unreadable before one was found).
+        """(index, decoded photo, label) of the first image from `index` on that can be read.
 
         Args:
           decode: makes an RGB image of a photo that is only opened; `rgb`, or something that needs
             no more than a part of it.
         """
         for attempt in range(_SUBSTITUTES):
+            place = (index + attempt) % len(self.source)
             try:
-                photo, label = self.source[(index + attempt) % len(self.source)]
-                _check_label(label, self.source, (index + attempt) % len(self.source))
-                return decode(photo), label, attempt
+                photo, label = self.source[place]
+                _check_label(label, self.source, place)
+                return place, decode(photo), label
             except UnreadableImageError as error:
                 if not self.skip_unreadable:
                     raise
@@ -113,6 +138,11 @@ class TrainTransform:
             f"{_SUBSTITUTES} unreadable training images in a row, from index {index} on: is "
             "this the right folder?"
         )
+
+
+def _open_label_maps(config: ml_collections.ConfigDict, source: Source) -> LabelMaps | None:
+    root = config.dataset.label_maps
+    return LabelMaps.open(root, source.num_classes, source.name(0)) if root else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -422,6 +422,14 @@ class GLNet(nnx.Module):
         maps = self.intermediates(images)
         return [maps[f"stage{i}"] for i in range(1, 5)]
 
+    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
+        """The logits of each place of the last map, float32: the tokens', where there are such.
+
+        Otherwise their mean is the image's.
+        """
+        norm = self.intermediates(images)["norm"]
+        return self.token_head(norm) if self.token_labelling else self.head(norm)
+
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
     ) -> dict[str, Float[Array, "..."]]:

@@ -330,6 +330,10 @@ class L2ViT(nnx.Module):
         maps = self.intermediates(images)
         return [maps[f"out{i}" if self.detection else f"stage{i}"] for i in range(1, 5)]
 
+    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
+        """The logits of each place of the last map, whose mean is the image's; float32."""
+        return self.head(self.intermediates(images)["norm"])
+
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
     ) -> dict[str, Float[Array, "..."]]:

@@ -1,5 +1,6 @@
 """Classification targets and losses, in float32."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.training import Config
+from hybrid_flax.training import Config, token_labels
 
 
 def smoothed_one_hot(
@@ -81,8 +82,9 @@ def make_loss(config: Config) -> Callable[[Any, Array], Array]:
     `outputs` is what the model returns in training, `targets` [B, classes]. `config.name` is
     - `softmax`: cross entropy of logits [B, classes];
     - `gramian`, with `diversity`: of the head logits [heads, B, classes] of the GA models;
-    - `token_labelling`, with `dense_weight`: of the token-labelled GLNets. Every token is taught
-      the label of its image.
+    - `token_labelling`, with `dense_weight`: of the token-labelled GLNets. With label maps
+      `targets` is {"label_map": …, "crop": …}, which are cut out as `transposed_crops` says
+      (`token_labels.py`); without them every token is taught the label of its image.
 
     Raises:
       InputError: when called with outputs that this loss is not for.
@@ -99,7 +101,18 @@ def make_loss(config: Config) -> Callable[[Any, Array], Array]:
             return cross_entropy(outputs, targets).mean()
         if kind == "gramian":
             return gramian(outputs, targets, config.diversity)
-        tokens = jnp.broadcast_to(targets[:, None], outputs["token_logits"].shape)
+        shape = outputs["token_logits"].shape
+        if isinstance(targets, Mapping):
+            targets, tokens = token_labels.token_targets(
+                targets["label_map"],
+                targets["crop"],
+                num_classes=shape[2],
+                grid=(math.isqrt(shape[1]),) * 2,  # images for training are square
+                smoothing=config.label_smoothing,
+                transposed=config.transposed_crops,
+            )
+        else:
+            tokens = jnp.broadcast_to(targets[:, None], shape)
         return token_labelling(outputs, targets, tokens, config.dense_weight)
 
     return loss

@@ -53,7 +53,8 @@ def make_train_step(
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
     `apply` is the model from `bridge.as_training_function`. `batch` has `image` uint8
-    [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis. The metrics are
+    [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis, and for token labelling
+    may have `label_map` and `crop`, as `data.loader.TrainTransform` gives them. The metrics are
     float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
     `learning_rate`.
 
@@ -78,6 +79,8 @@ def make_train_step(
         images, targets = augmented_batch(
             (mix_key, erase_key), batch["image"], targets, state["step"], config, mix_until
         )
+        if "label_map" in batch:
+            targets = {name: batch[name] for name in ("label_map", "crop")}
 
         loss, grads, batch_stats = _accumulated(
             jax.value_and_grad(loss_of, has_aux=True),
@@ -188,7 +191,7 @@ def _accumulated(value_and_grad, params, batch_stats, images, targets, key, coun
         return (jax.tree.map(jnp.add, total, (loss, grads)), batch_stats), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    micro_batches = (jnp.arange(count), split(images), split(targets))
+    micro_batches = (jnp.arange(count), split(images), jax.tree.map(split, targets))
     (total, batch_stats), _ = jax.lax.scan(add, (zero, batch_stats), micro_batches)
     return *jax.tree.map(lambda x: x / count, total), batch_stats
 

@@ -88,7 +88,7 @@ def test_random_resized_crop_draws_areas_and_ratios_in_range():
     areas, ratios = [], []
     for _ in range(300):
         crop = np.asarray(
-            random_resized_crop(source, 32, (0.08, 1), (3 / 4, 4 / 3), "nearest", rng)
+            random_resized_crop(source, 32, (0.08, 1), (3 / 4, 4 / 3), "nearest", rng)[0]
         )
         assert crop.shape == (32, 32, 3)
         tall = (int(crop[-1, 0, 0]) - int(crop[0, 0, 0])) * 32 / 31
@@ -104,7 +104,8 @@ def test_random_resized_crop_draws_areas_and_ratios_in_range():
 def test_a_crop_that_never_fits_is_the_middle():
     source = Image.fromarray(np.arange(400, dtype=np.uint8)[None, :, None].repeat(3, 2))
     rng = np.random.default_rng(0)
-    crop = random_resized_crop(source, 1, (0.9, 1.0), (0.9, 1.1), "nearest", rng)
+    crop, box = random_resized_crop(source, 1, (0.9, 1.0), (0.9, 1.1), "nearest", rng)
+    assert box == (199, 0, 200, 1)
     assert crop.getpixel((0, 0))[0] == 199  # of 400 pixels
 
 
@@ -170,7 +171,7 @@ def test_an_image_too_large_to_be_one_is_unreadable(monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (5000, 2)])
 def test_a_training_crop_of_any_size_of_photo(size):
-    crop = random_resized_crop(
+    crop, _ = random_resized_crop(
         Image.new("RGB", size, (7, 8, 9)), 16, (0.08, 1), (3 / 4, 4 / 3), "bicubic",
         np.random.default_rng(0),
     )  # fmt: skip
@@ -190,7 +191,7 @@ def crops(data, count=12, size=48, fast=False):
                 random_resized_crop(
                     each, size, (0.08, 1), (3 / 4, 4 / 3), "bicubic",
                     np.random.default_rng(seed), fast=fast,
-                )
+                )[0]
             ).astype(int)
             for each in (open_photo(data, "part"), whole)
         ]  # fmt: skip

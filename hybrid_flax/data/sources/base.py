@@ -63,6 +63,10 @@ class EncodedSource:
         """The image's bytes. Raises UnreadableImageError, which names it."""
         raise NotImplementedError
 
+    def name(self, index: int) -> str:
+        """What `read` calls it: a path, where the image has one."""
+        return self.read(index).name
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data, label, name = self.read(int(index))
         return open_photo(data, name), label

@@ -12,6 +12,9 @@ from hybrid_flax.errors import InputError
 class _Files(EncodedSource):
     _files: list[str]
 
+    def name(self, index: int) -> str:
+        return self._files[index]
+
     def read(self, index: int) -> Encoded:
         file = self._files[index]
         try:

@@ -51,6 +51,9 @@ class InMemory(EncodedSource):
         self._memory.buf[:total] = b"".join(files)
         weakref.finalize(self, _free, self._memory, os.getpid())
 
+    def name(self, index: int) -> str:
+        return self._names[index]
+
     def read(self, index: int) -> Encoded:
         if index in self._failed:
             raise UnreadableImageError(self._failed[index])

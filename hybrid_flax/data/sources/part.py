@@ -37,6 +37,9 @@ class Part(EncodedSource):
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.labels = source.labels[self._chosen]
 
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._chosen[index]))
+
     def read(self, index: int) -> Encoded:
         return self._source.read(int(self._chosen[index]))
 

@@ -54,9 +54,11 @@ class TarShards(EncodedSource):
         for descriptor in self.__dict__.get("_open", {}).values():
             os.close(descriptor)
 
+    def name(self, index: int) -> str:
+        return f"{self._shards[int(self._shard[index])]}:{self._names[index].decode()}"
+
     def read(self, index: int) -> Encoded:
-        shard = int(self._shard[index])
-        name = f"{self._shards[shard]}:{self._names[index].decode()}"
+        shard, name = int(self._shard[index]), self.name(index)
         try:
             if shard not in self._open:
                 self._open.setdefault(shard, os.open(self._shards[shard], os.O_RDONLY))

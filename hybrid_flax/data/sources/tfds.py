@@ -60,7 +60,10 @@ class TfdsSource(EncodedSource):
 
     def read(self, index: int) -> Encoded:
         record = self._records[index]
-        return Encoded(record["image"], int(record["label"]), f"{self._name}[{index}]")
+        label, name = int(record["label"]), f"{self._name}[{index}]"
+        if file_name := record.get("file_name"):  # ImageNet has one
+            name = f"{name}:{self.class_names[label]}/{file_name.decode()}"
+        return Encoded(record["image"], label, name)
 
 
 def _find_split(name: str, split: str, splits) -> str:

@@ -247,6 +247,10 @@ class Unified(nnx.Module):
         label = "out" if self.variant.detection else "stage"
         return [maps[f"{label}{i}"] for i in range(1, 5)]
 
+    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
+        """The logits of each place of the last map, whose mean is the image's; float32."""
+        return self.head(self.intermediates(images)["conv_head"])
+
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
     ) -> dict[str, Float[Array, "..."]]:

@@ -1,0 +1,128 @@
+"""Label maps for token labelling, from any model of ours that classifies places.
+
+python -m hybrid_flax.make_label_maps --config=configs/gcvit_b.py --workdir=DIR --out=MAPS
+
+DIR holds the annotating model: the work directory of a training run, or what `python -m convert`
+wrote. Every training image of the config's dataset is cut as for evaluation
+(`--config.eval.crop_fraction=1.0 --config.eval.crop_mode=squash`: all of it is seen), and the five
+highest logits of each place of the last map are written in the format that
+`--config.dataset.label_maps=MAPS` reads. Images that have a map are left out, so that the same
+command continues after an interruption.
+"""
+
+import contextlib
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from flax import nnx
+from tqdm import tqdm
+
+from hybrid_flax import bridge, cli
+from hybrid_flax.checkpoints import check_same, load_weights
+from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.data.label_maps import label_map_file
+from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.sources import source_of
+from hybrid_flax.distributed.mesh import batch_sharded, make_mesh, on_mesh, replicated, to_devices
+from hybrid_flax.errors import InputError
+from hybrid_flax.training.batch_augmentation import normalise
+
+HIGHEST = 5
+
+
+def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
+    """Writes a map for every training image that has none."""
+    config = ml_collections.ConfigDict(config)
+    check(config)
+    mesh = make_mesh()
+    source = source_of(config.dataset, "train")
+    resolve_classes(config, source)
+    if config.model.num_classes > 2048:
+        raise InputError(
+            f"{config.model.num_classes} classes: label maps hold them as float16, which is exact "
+            "up to 2048. Annotate with a model of fewer"
+        )
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    if not hasattr(model, "dense_logits"):
+        raise InputError(
+            f"{config.model.name} cannot annotate: its classifier reads the whole map, not places. "
+            "Take a GC ViT, L2ViT, GLNet or unified model"
+        )
+    template = bridge.get_weights(model)
+    loaded = load_weights(workdir)
+    arrays = loaded.averaged or loaded.trained
+    check_same(arrays, bridge.flatten(template), f"the checkpoint in {workdir}")
+    weights = jax.device_put(bridge.unflatten_like(template, arrays), replicated(mesh))
+
+    files = [label_map_file(out, source.name(index)) for index in range(len(source))]
+    if len(set(files)) < len(files):
+        raise InputError(
+            f"only {len(set(files))} of {len(files)} images differ in folder and name, by which "
+            "label maps are found. Rename the images"
+        )
+    missing = [index for index, file in enumerate(files) if not os.path.exists(file)]
+    print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
+    annotate = _annotating_step(bridge.as_function(model), config, mesh)
+    batches = eval_batches(
+        EvalTransform.from_config(config, _Chosen(source, missing)),
+        batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
+        num_workers=config.dataset.num_workers,
+    )
+    with contextlib.closing(batches), tqdm(total=len(missing), unit="image") as bar:
+        for batch in batches:
+            images = to_devices({"image": batch["image"]}, mesh)["image"]
+            maps = np.asarray(annotate(weights, images))
+            for label_map, index, counts in zip(maps, batch["index"], batch["mask"], strict=True):
+                if counts:
+                    _save(label_map, files[missing[index]])
+            bar.update(int(batch["mask"].sum()))
+    return 0
+
+
+def _annotating_step(apply, config: ml_collections.ConfigDict, mesh):
+    """Compiles `step(weights, uint8 images [B, H, W, 3]) → float16 [B, 2, K, h, w]`."""
+
+    @on_mesh(mesh)
+    def step(weights, images):
+        images = normalise(images, config.dataset.mean, config.dataset.std)
+        logits = apply(weights, images, method="dense_logits")
+        highest, classes = jax.lax.top_k(logits, min(HIGHEST, logits.shape[-1]))
+        maps = jnp.stack([highest.astype(jnp.float16), classes.astype(jnp.float16)], axis=1)
+        return jnp.moveaxis(maps, -1, 2)
+
+    return jax.jit(
+        step,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+class _Chosen:
+    """Some images of a source."""
+
+    def __init__(self, source, indices: list[int]):
+        self.num_classes = source.num_classes
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int):
+        return self._source[self._indices[index]]
+
+
+def _save(label_map: np.ndarray, file: str) -> None:
+    import torch
+
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    torch.save(torch.from_numpy(label_map.copy()), f"{file}.part")
+    os.replace(f"{file}.part", file)
+
+
+if __name__ == "__main__":
+    out = flags.DEFINE_string("out", None, "Folder for the maps.", required=True)
+    cli.run(lambda config, workdir: main(config, workdir, out.value))

@@ -1,0 +1,108 @@
+"""Label maps: what the files must be, and that they go where their images go."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hybrid_flax.data.augment import Operation, apply_operations
+from hybrid_flax.data.label_maps import LabelMaps, flip, label_map_file, move
+
+
+def test_maps_are_found_by_the_names_of_image_and_folder():
+    for image in (
+        "/data/train/n01/n01_7.JPEG",
+        "shard-3.tar:n01/n01_7.JPEG",
+        "a.tar:x/n01/n01_7.x.y",
+    ):
+        assert label_map_file("maps", image) == "maps/n01/n01_7.pt"
+    assert label_map_file("maps", "imagenet2012/train:n01/n01_7.JPEG") == "maps/n01/n01_7.pt"
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Operation("Rotate", (27.0,)),
+        Operation("Rotate", (-30.0,)),
+        Operation("ShearX", (0.3,)),
+        Operation("ShearY", (-0.2,)),
+        Operation("TranslateX", (0.25,)),
+        Operation("TranslateY", (-0.4,)),
+        Operation("TranslateXPixels", (-9.0,)),
+        Operation("TranslateYPixels", (12.0,)),
+        Operation("Solarize", (20,)),
+    ],
+    ids=lambda operation: f"{operation.name} {operation.args[0]}",
+)
+def test_a_map_moves_as_its_image(operation):
+    """A map of coarse cells, of an image that is made of them, wider than high."""
+    rows, columns, cell = 6, 12, 9
+    values = np.arange(1, rows * columns + 1).reshape(rows, columns)
+    classes = values % 7
+    label_map = np.stack([values[None], classes[None]]).astype(np.float16)
+    pixels = np.kron(values, np.ones((cell, cell))).astype(np.uint8)
+    photo = Image.fromarray(pixels).convert("RGB")
+    nearest = operation._replace(interpolation="nearest")
+    if not operation.is_geometric:
+        np.testing.assert_array_equal(move(label_map, operation, photo.size), label_map)
+        return
+    moved_photo = np.asarray(apply_operations(photo, [nearest], fill=(0, 0, 0)))[..., 0]
+    moved = move(label_map, operation, photo.size)
+    centres = moved_photo[cell // 2 :: cell, cell // 2 :: cell]
+    np.testing.assert_array_equal(moved[0, 0], centres)
+    inside = moved[0, 0] > 0
+    np.testing.assert_array_equal(moved[1, 0][inside], moved[0, 0][inside] % 7)
+    assert 0 < inside.mean() < 1
+
+
+def test_flips_are_those_of_the_image():
+    label_map = np.arange(2 * 1 * 2 * 3).reshape(2, 1, 2, 3)
+    np.testing.assert_array_equal(flip(label_map, vertically=False)[0, 0], [[2, 1, 0], [5, 4, 3]])
+    np.testing.assert_array_equal(flip(label_map, vertically=True)[0, 0], [[3, 4, 5], [0, 1, 2]])
+
+
+@pytest.fixture
+def maps(tmp_path):
+    (tmp_path / "cat").mkdir()
+    write(tmp_path / "cat" / "1.pt", torch.zeros(2, 5, 4, 4))
+    return LabelMaps.open(str(tmp_path), 10, "train/cat/1.jpg")
+
+
+def write(file, content):
+    torch.save(content, file)
+
+
+def test_maps_are_read_as_float16(maps):
+    found = maps.read("train/cat/1.jpg")
+    assert found.shape == maps.shape == (2, 5, 4, 4)
+    assert found.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(2, 5, 3, 4), "2.pt has shape [2, 5, 3, 4], the first one [2, 5, 4, 4]: all"),
+        (torch.zeros(5, 4, 4), "2.pt holds torch.Size([5, 4, 4]): expected a tensor [2, K, H, W]"),
+        ({"a": 1}, "2.pt holds dict: expected a tensor"),
+        (torch.full((2, 5, 4, 4), 10.0), "2.pt has classes from 10 to 10: expected 0 to 9, the"),
+        (torch.full((2, 5, 4, 4), torch.nan), "2.pt has logits that are not finite"),
+    ],
+)
+def test_files_that_are_no_label_maps(maps, content, message):
+    write(f"{maps.root}/cat/2.pt", content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        maps.read("train/cat/2.jpg")
+
+
+def test_files_that_are_missing_or_damaged(maps, tmp_path):
+    with pytest.raises(
+        ValueError, match="image train/dog/1.jpg has no label map: there is no file"
+    ):
+        maps.read("train/dog/1.jpg")
+    (tmp_path / "cat" / "2.pt").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match="cannot read label map .*2.pt: "):
+        maps.read("train/cat/2.jpg")
+    with pytest.raises(ValueError, match="label_maps=nowhere: there is no such folder. Unpack"):
+        LabelMaps.open("nowhere", 10, "train/cat/1.jpg")
