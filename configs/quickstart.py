@@ -30,8 +30,8 @@ def get_config():
     config.eval.crop_fraction = 1.0
 
     config.schedule.warmup_epochs = 2
-    config.schedule.cosine_epochs = 15
-    config.schedule.cosine_from_start = False
+    config.schedule.decay_epochs = 15
+    config.schedule.decay_from_start = False
     config.ema_decay = 0.99  # the published 0.9998 averages over more steps than this run has
     config.eval.batch_size = 120
     config.eval.every_epochs = 5

@@ -22,7 +22,9 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     config.batch_size = batch_size  # over all devices and accumulation steps
     config.accumulation_steps = 1
     config.epochs = 300
-    config.init_from = ""  # folder of a converted checkpoint or of another run, to fine-tune from
+    # To fine-tune: the folder of a run or of a converted checkpoint, a released file, "pretrained".
+    config.init_from = ""
+    config.init_class_map = ""  # file of the rows of its classifier to keep, one per class
 
     config.model = model = ConfigDict()
     model.name = name
@@ -30,6 +32,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.image_size = info.image_size
     model.dtype = "bfloat16"  # of the computation; parameters and optimizer are float32
     model.drop_path = hybrid_flax.model_variant(name).drop_path
+    model.eval_mode = False  # train as in evaluation: running statistics, no drop path
     model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
     model.batch_norm_group = 0  # images that share statistics in training; 0: a whole micro-batch
     model.overrides = ConfigDict()  # other fields of the family's Variant
@@ -73,23 +76,34 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     config.loss = ConfigDict({"name": "softmax", "label_smoothing": 0.1})
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # or "lamb"
+    optimizer.name = "adamw"  # or "lamb", "sgd", "lion", "adafactor"
     optimizer.learning_rate = learning_rate
+    optimizer.learning_rate_for_batch = 0  # of so many images, scaled to others; 0: as it is
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
+    optimizer.momentum = 0.9  # of sgd
+    optimizer.nesterov = False
     optimizer.weight_decay = 0.05  # of parameters of rank 2 or more, and
     optimizer.decay_also = ()  # of those whose path matches, but
     optimizer.decay_never = ()  # not of these
-    optimizer.clip_norm = 5.0  # 0: no clipping
+    optimizer.layer_decay = 1.0  # factor per layer, from the classifier down
+    optimizer.freeze = ()  # what does not learn, by path: (r"^(?!head/)",) is all but the head
+    optimizer.clip_norm = 5.0  # of all gradients together; 0: no clipping
+    optimizer.clip_value = 0.0  # of each number
+    optimizer.clip_adaptive = 0.0  # of a unit's gradient over its weights' norm, but the head's
     config.ema_decay = 0.9999  # 0: no average
+    config.ema_warmup = False  # begin with (1 + step) / (10 + step) where that is less
 
     config.schedule = schedule = ConfigDict()
+    schedule.name = "cosine"  # or "linear", "constant", "step", "onecycle"
     schedule.warmup_epochs = 20.0
     schedule.warmup_learning_rate = 0.0
     schedule.min_learning_rate = 1e-6
-    schedule.cosine_epochs = 300.0  # where the minimum is reached
-    schedule.cosine_from_start = False  # or from the end of the warm-up
+    schedule.decay_epochs = 300.0  # where the minimum is reached
+    schedule.decay_from_start = False  # or from the end of the warm-up
+    schedule.step_epochs = 30.0  # of "step": so often
+    schedule.step_factor = 0.1  # times this
     schedule.warmup_reaches_peak = False
     schedule.each_epoch = False  # change the rate only between epochs
     schedule.lag_epochs = 0
@@ -129,8 +143,8 @@ def gcvit(name: str, *, batch_size: int, learning_rate: float = 5e-3) -> ConfigD
     config.ema_decay = 0.9998
     config.schedule.warmup_learning_rate = 1e-6
     config.schedule.min_learning_rate = 5e-6
-    config.schedule.cosine_epochs = 310.0
-    config.schedule.cosine_from_start = True
+    config.schedule.decay_epochs = 310.0
+    config.schedule.decay_from_start = True
     return config
 
 
@@ -166,7 +180,7 @@ def l2vit_finetune(name: str) -> ConfigDict:
     config.schedule.warmup_epochs = 5.0
     config.schedule.warmup_learning_rate = 4e-8
     config.schedule.min_learning_rate = 4e-7
-    config.schedule.cosine_epochs = 30.0
+    config.schedule.decay_epochs = 30.0
     return config
 
 
@@ -217,8 +231,8 @@ def glnet_token_labelling(name: str) -> ConfigDict:
     config.schedule.warmup_epochs = 5.0
     config.schedule.warmup_learning_rate = 1e-6
     config.schedule.min_learning_rate = 1e-5
-    config.schedule.cosine_epochs = 310.0
-    config.schedule.cosine_from_start = True
+    config.schedule.decay_epochs = 310.0
+    config.schedule.decay_from_start = True
     config.schedule.each_epoch = True
     config.schedule.lag_epochs = 1
     return config
@@ -248,7 +262,7 @@ def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
     config.ema_decay = 0.0
     config.schedule.warmup_epochs = 3.0
     config.schedule.warmup_learning_rate = 1e-6
-    config.schedule.cosine_from_start = True
+    config.schedule.decay_from_start = True
     config.schedule.each_epoch = True
     return config
 

@@ -14,10 +14,11 @@ import numpy as np
 
 import convert
 import hybrid_flax
-from convert.l2vit import read_class_map, select_classes
+from convert.l2vit import select_classes
 from convert.state_dict import model_from_state_dict
 from hybrid_flax import bridge
 from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.class_map import read_class_map
 from hybrid_flax.errors import InputError, TrainingError
 
 

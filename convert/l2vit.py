@@ -1,11 +1,11 @@
 """L2ViT: our parameter paths → the keys of the official state_dict; its 22k classes → 1k."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from convert.official import Official
+from hybrid_flax.class_map import check_rows
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.l2vit import L2ViT
 
@@ -28,27 +28,6 @@ RENAMES = (
 )
 
 
-def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int]:
-    """Reads the authors' `custom_map22kto1k.txt`: one row of the 22k classifier per line.
-
-    Raises:
-      InputError: a line is not a whole number, or there are not `num_classes` of them.
-    """
-    with open(path, encoding="utf-8", errors="replace") as file:  # a binary file: refused below
-        lines = file.read().split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            if not line.strip().isdecimal():
-                raise InputError(f"{path}, line {number}: {line!r} is not a class index, 0 or more")
-            rows.append(int(line))
-    if len(rows) != num_classes:
-        raise InputError(
-            f"{path} has {len(rows)} class indices, expected {num_classes}, one per line"
-        )
-    return rows
-
-
 def select_classes(state: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
     """A state_dict whose classifier has only the given rows, in their order.
 
@@ -68,19 +47,7 @@ def select_classes(state: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict
             f"this state_dict has no {' and no '.join(sorted(missing))} to select from: a class "
             "map is for a file with L2ViT's classifier. Give such a file, or leave the map out"
         )
-    if not len(rows):
-        raise InputError("no class indices were given: a classifier needs at least one class")
-    classes = len(state["head.bias"])
-    outside = [row for row in rows if not 0 <= row < classes]
-    if outside:
-        raise InputError(
-            f"class index {outside[0]} is out of range: this classifier has {classes} classes, "
-            f"0 to {classes - 1}. Is the state_dict the one pretrained on ImageNet-22k?"
-        )
-    seen = set()
-    repeated = [row for row in rows if row in seen or seen.add(row)]
-    if repeated:
-        raise InputError(f"class index {repeated[0]} is given more than once")
+    check_rows(rows, len(state["head.bias"]))
     picked = {key: np.asarray(state[key])[list(rows)] for key in ("head.weight", "head.bias")}
     return {**state, **picked}
 

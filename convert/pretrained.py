@@ -1,6 +1,10 @@
-"""Released weights for a model that was just built."""
+"""Released weights for a model that was just built, or for a training run."""
+
+import os
+import pathlib
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import convert
@@ -20,11 +24,29 @@ def load_pretrained(name: str, model: nnx.Module) -> None:
     Raises:
       InputError: no weights are to be had, or the model was built with another architecture.
     """
-    info = hybrid_flax.model_info(name)
-    file = download(name, info)
-    state = convert.load_checkpoint(file, entry=info.weights_entry)
-    source, _ = model_from_state_dict(name, state)
+    weights, file = released_weights(name)
     template = bridge.get_weights(model)
-    fitted = fit(bridge.flatten(bridge.get_weights(source)), bridge.flatten(template), str(file))
+    fitted = fit(weights, bridge.flatten(template), str(file))
     fitted = {path: jnp.asarray(array) for path, array in fitted.items()}
     bridge.set_weights(model, bridge.unflatten_like(template, fitted))
+
+
+def released_weights(
+    name: str, file: str | os.PathLike | None = None
+) -> tuple[dict[str, np.ndarray], pathlib.Path]:
+    """({path: array} of a released checkpoint of the model `name`, its file).
+
+    Args:
+      name: of the model.
+      file: of any format that `convert.load_checkpoint` reads; default: the one its authors
+        published, downloaded if need be.
+
+    Raises:
+      InputError: no weights are to be had, or the file is not of this model.
+    """
+    info = hybrid_flax.model_info(name)
+    # Which entry holds the weights is known of the published file; in another it has to be found.
+    entry = info.weights_entry if file is None else None
+    file = download(name, info) if file is None else pathlib.Path(file)
+    model, _ = model_from_state_dict(name, convert.load_checkpoint(file, entry=entry))
+    return bridge.flatten(bridge.get_weights(model)), file

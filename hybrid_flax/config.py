@@ -15,6 +15,8 @@ from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
+from hybrid_flax.training.optimizers import OPTIMIZERS
+from hybrid_flax.training.schedules import SHAPES
 from pallas.dispatch import IMPLEMENTATIONS
 
 
@@ -28,6 +30,9 @@ def _between(low, high):
 
 def _one_of(*choices):
     return lambda value: value in choices, f"one of {', '.join(map(repr, choices))}"
+
+
+_below_one = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def _range_above_zero(value):
@@ -47,14 +52,16 @@ _CHECKS = {
     "batch_size": _above(0),
     "accumulation_steps": _above(0),
     "epochs": _above(0),
-    "ema_decay": (lambda value: 0 <= value < 1, "a number from 0 (off) to below 1"),
+    "ema_decay": _below_one,
+    "ema_warmup": _one_of(False, True),
     "log_every_steps": _above(0),
     "model.name": _one_of(*hybrid_flax.list_models()),
     "model.dtype": _one_of("bfloat16", "float32"),
     "model.attention": _one_of(*IMPLEMENTATIONS),
-    "model.drop_path": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    "model.drop_path": _below_one,
     "model.num_classes": _above(-1),
     "model.batch_norm_group": _above(-1),
+    "model.eval_mode": _one_of(False, True),
     "dataset.num_workers": _above(-1),
     "dataset.on_unreadable": _one_of("error", "skip"),
     "dataset.decode": _one_of("exact", "fast"),
@@ -79,12 +86,29 @@ _CHECKS = {
     "augment.erasing_probability": _between(0, 1),
     "augment.repeats": _above(0),
     "loss.name": _one_of("softmax", "gramian", "token_labelling"),
-    "loss.label_smoothing": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-    "optimizer.name": _one_of("adamw", "lamb"),
+    "loss.label_smoothing": _below_one,
+    "optimizer.name": _one_of(*OPTIMIZERS),
     "optimizer.learning_rate": _above(0),
+    "optimizer.learning_rate_for_batch": _above(-1),
+    "optimizer.b1": _below_one,
+    "optimizer.b2": _below_one,
+    "optimizer.eps": _above(0),
+    "optimizer.momentum": _below_one,
+    "optimizer.nesterov": _one_of(False, True),
+    "optimizer.weight_decay": _above(-1e-9),
+    "optimizer.layer_decay": (lambda value: 0 < value <= 1, "a number above 0, up to 1 (off)"),
+    "optimizer.freeze": (_are_expressions, "regular expressions"),
     "optimizer.decay_also": (_are_expressions, "regular expressions"),
     "optimizer.decay_never": (_are_expressions, "regular expressions"),
     "optimizer.clip_norm": _above(-1e-9),
+    "optimizer.clip_value": _above(-1e-9),
+    "optimizer.clip_adaptive": _above(-1e-9),
+    "schedule.name": _one_of(*SHAPES),
+    "schedule.warmup_epochs": _above(-1e-9),
+    "schedule.warmup_learning_rate": _above(-1e-9),
+    "schedule.min_learning_rate": _above(-1e-9),
+    "schedule.step_epochs": _above(0),
+    "schedule.step_factor": (lambda value: 0 < value < 1, "a number above 0 and below 1"),
     "schedule.lag_epochs": _above(-1),
     "eval.batch_size": _above(0),
     "eval.every_epochs": _above(0),

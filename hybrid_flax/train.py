@@ -32,8 +32,9 @@ from hybrid_flax.errors import TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
 from hybrid_flax.init_from import initial_weights
 from hybrid_flax.training.metrics import MetricWriter, draw_curves
-from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
+from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.progress import Progress
+from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 from hybrid_flax.training.step import make_eval_step, make_train_step, new_state, weights_of
 from hybrid_flax.workdir import Workdir, to_plain
 
@@ -72,7 +73,8 @@ def _train(
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval.every_epochs * steps_per_epoch
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, steps_per_epoch)
+    peak = peak_learning_rate(config.optimizer, config.batch_size)
+    schedule = make_schedule(config.schedule, peak, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
     mix_until = config.augment.mix_off_epoch * steps_per_epoch or None
     train_step = make_train_step(

@@ -224,7 +224,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
         ),
         ({"augment__crop_scale": (0.5, 2.0)}, "crop_scale=(0.5, 2.0): expected (low, high)"),
         ({"dataset__name": "image_folder"}, "--config.dataset.path=DIR"),
-        ({"schedule__cosine_epochs": 0.5}, "cosine_epochs=0.5 ends before the warm-up"),
+        ({"schedule__decay_epochs": 0.5}, "decay_epochs=0.5 ends before the warm-up"),
         ({"init_from": "/nowhere"}, "there is no checkpoint in /nowhere/checkpoints"),
     ],
 )

@@ -25,7 +25,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
     config.model.drop_path = 0.2
     config.batch_size = 256
     config.epochs = 2
-    config.schedule.cosine_epochs = 2.0
+    config.schedule.decay_epochs = 2.0
     config.schedule.warmup_epochs = 0.5
     config.augment.flip = 0.5
     config.augment.auto_augment = "rand-m9-mstd0.5-inc1"

@@ -1,76 +1,82 @@
-"""Learning-rate schedules and optimizers, from the config's numbers."""
+"""Optimizers from the config's numbers: which parameters learn, how fast, and what decays."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
 from hybrid_flax.training import Config
+from hybrid_flax.training.layers import layer_ids
+from hybrid_flax.training.schedules import Schedule
 
-Schedule = Callable[[jax.Array], jax.Array]  # optimizer step, from 0 → learning rate
-
-
-def cosine_schedule(config: Config, peak: float, steps_per_epoch: int) -> Schedule:
-    """Linear warm-up, then half a cosine, then the minimum.
-
-    Args:
-      config: `warmup_epochs`, `warmup_learning_rate` (at step 0), `min_learning_rate`,
-        `cosine_epochs` (the epoch at which the cosine reaches the minimum) and
-        - `cosine_from_start`: whether the cosine is counted from step 0, the warm-up only covering
-          its beginning, or from the end of the warm-up;
-        - `warmup_reaches_peak`: whether the last step of the warm-up already has the peak rate, or
-          the first step after it;
-        - `each_epoch`: whether the rate changes only between epochs;
-        - `lag_epochs`: how many epochs late it changes.
-      peak: the learning rate the cosine starts from.
-    """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    start = 0 if config.cosine_from_start else warmup
-    end = round(config.cosine_epochs * steps_per_epoch)
-    if end <= max(start, warmup):
-        raise InputError(
-            f"schedule: cosine_epochs={config.cosine_epochs} ends before the warm-up of "
-            f"{config.warmup_epochs} epochs does; choose more cosine epochs"
-        )
-    low = config.min_learning_rate
-    rise = (peak - config.warmup_learning_rate) / max(warmup - config.warmup_reaches_peak, 1)
-
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        if config.each_epoch:
-            step = jnp.floor(step / steps_per_epoch) * steps_per_epoch
-        step = jnp.maximum(step - config.lag_epochs * steps_per_epoch, 0)
-        progress = jnp.clip((step - start) / (end - start), 0, 1)
-        cosine = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < warmup, config.warmup_learning_rate + rise * step, cosine)
-
-    return schedule
+OPTIMIZERS = ("adamw", "lamb", "sgd", "lion", "adafactor")
 
 
 def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW or LAMB with decoupled decay of some parameters.
+    """Clipping, then the optimizer `config.name` with weight decay of some parameters.
 
-    `config.name` is "adamw" or "lamb" (arXiv:1904.00962). LAMB's layer-wise ratio applies to the
-    decayed parameters only, as in timm.
+    - `adamw` (arXiv:1711.05101), as PyTorch computes it;
+    - `lamb` (arXiv:1904.00962): the layer-wise ratio applies to the decayed parameters only, as in
+      timm;
+    - `sgd` with `momentum` and `nesterov`: decay is added to the gradient, as PyTorch does it;
+    - `lion` (arXiv:2302.06675): its authors take b1=0.9, b2=0.99, and a learning rate 3 to 10 times
+      below AdamW's with as much more decay;
+    - `adafactor` (arXiv:1804.04235): without momentum; the step is relative to each parameter's
+      root mean square.
+
+    Parameters that `freeze` names get no update and no decay, have no state, and do not count in
+    the norm that is clipped. With `layer_decay` below 1 the learning rate is that many times
+    smaller with each layer further from the classifier: see `layers.layer_ids`.
     """
 
     def mask(params):
         return decayed(params, config)
 
-    steps = [
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask),
-        optax.scale_by_learning_rate(schedule),
-    ]
-    if config.name == "lamb":
-        steps.insert(2, optax.masked(optax.scale_by_trust_ratio(), mask))
-    if config.clip_norm:
-        steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
+    rules = {
+        "adamw": lambda: [_scale_by_adam(config.b1, config.b2, config.eps), decay],
+        "lamb": lambda: [
+            _scale_by_adam(config.b1, config.b2, config.eps),
+            decay,
+            optax.masked(optax.scale_by_trust_ratio(), mask),
+        ],
+        "sgd": lambda: [decay, optax.trace(config.momentum, config.nesterov)],
+        "lion": lambda: [optax.scale_by_lion(config.b1, config.b2), decay],
+        "adafactor": lambda: [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+            decay,
+        ],
+    }
+    steps = [*_clipping(config), *rules[config.name](), optax.scale_by_learning_rate(schedule)]
+    if config.freeze:
+        steps = _for_trainable(optax.chain(*steps), config)
+    if config.layer_decay != 1:
+        steps.append(_scale_by_depth(config.layer_decay))
     return optax.chain(*steps)
+
+
+def trainable(params, config: Config):
+    """Tree of booleans: which parameters learn; those that no expression in `config.freeze` finds.
+
+    Raises:
+      InputError: an expression that matches no parameter, or none is left to learn.
+    """
+    flat = bridge.flatten(params)
+    _check_patterns("freeze", config.freeze, flat)
+    learns = {path: not _matches(config.freeze, path) for path in flat}
+    if not any(learns.values()):
+        raise InputError(
+            f"--config.optimizer.freeze={tuple(config.freeze)} leaves no parameter to train"
+        )
+    return bridge.unflatten_like(params, learns)
 
 
 def decayed(params, config: Config):
@@ -84,17 +90,118 @@ def decayed(params, config: Config):
       InputError: an expression that matches no parameter.
     """
     flat = bridge.flatten(params)
-    for name in ("decay_also", "decay_never"):
-        for pattern in getattr(config, name):
-            if not any(re.search(pattern, path) for path in flat):
-                raise InputError(
-                    f"--config.optimizer.{name}: {pattern!r} matches no parameter of this model; "
-                    "parameters.txt in the work directory lists them"
-                )
+    if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        _check_patterns("decay_also", config.decay_also, flat)
+        _check_patterns("decay_never", config.decay_never, flat)
 
     def decays(path, leaf):
-        if any(re.search(pattern, path) for pattern in config.decay_never):
+        if _matches(config.decay_never, path):
             return False
-        return leaf.ndim > 1 or any(re.search(pattern, path) for pattern in config.decay_also)
+        return leaf.ndim > 1 or _matches(config.decay_also, path)
 
     return bridge.unflatten_like(params, {path: decays(path, leaf) for path, leaf in flat.items()})
+
+
+def _is_masked(leaf) -> bool:
+    """Whether this is a frozen parameter's place, seen from inside `optax.masked`."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _matches(patterns: Iterable[str], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def _check_patterns(field: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            raise InputError(
+                f"--config.optimizer.{field}: {pattern!r} matches no parameter of this model; "
+                "parameters.txt in the work directory lists them"
+            )
+
+
+# ------------------------------------------------------------------------------------- the parts
+
+
+def _for_trainable(
+    optimizer: optax.GradientTransformation, config: Config
+) -> list[optax.GradientTransformation]:
+    """The optimizer for what is not frozen, and no update for the rest."""
+
+    def learns(params):
+        return trainable(params, config)
+
+    def frozen(params):
+        return jax.tree.map(lambda learns: not learns, learns(params))
+
+    # A masked optimizer lets the gradients of the others through: they have to be taken away.
+    return [optax.masked(optimizer, learns), optax.masked(optax.set_to_zero(), frozen)]
+
+
+def _clipping(config: Config) -> list[optax.GradientTransformation]:
+    """What `clip_adaptive`, `clip_value` and `clip_norm` ask for, in this order."""
+    steps = []
+    if config.clip_adaptive:
+        steps.append(optax.masked(optax.adaptive_grad_clip(config.clip_adaptive), _not_classifier))
+    if config.clip_value:
+        steps.append(optax.clip(config.clip_value))
+    if config.clip_norm:
+        steps.append(optax.clip_by_global_norm(config.clip_norm))
+    return steps
+
+
+def _not_classifier(params):
+    flat = bridge.flatten(params)
+    return bridge.unflatten_like(params, {path: not bridge.is_classifier(path) for path in flat})
+
+
+class _AdamState(NamedTuple):
+    count: jax.Array  # int32 scalar, updates done
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, but for the bias corrections 1 - bᵗ, which are exact here.
+
+    In float32 0.999 is 0.99900001, so that optax's first steps are 6e-6 too short: more than
+    PyTorch, whose corrections are computed in float64, differs from itself on other machines.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return _AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(grads, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        first, second = (_one_minus_power(b, count) for b in (b1, b2))
+        updates = jax.tree.map(
+            lambda m, v: (m / first) / (jnp.sqrt(v) / jnp.sqrt(second) + eps), mu, nu
+        )
+        return updates, _AdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _one_minus_power(base: float, exponent: jax.Array) -> jax.Array:
+    """1 - baseᵉ in float32, to its last bits also where the power is near 1."""
+    if base == 0:
+        return jnp.ones((), jnp.float32)
+    return -jnp.expm1(exponent.astype(jnp.float32) * np.float32(np.log(base)))
+
+
+def _scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Times decay^(layers between the parameter and the classifier)."""
+
+    def update(updates, state, params=None):
+        del params
+        ids = layer_ids(bridge.flatten(updates))
+        last = max(ids.values())
+        scales = {path: decay ** (last - number) for path, number in ids.items()}
+        scales = bridge.unflatten_like(updates, scales)
+        return jax.tree.map(lambda update, scale: update * scale, updates, scales), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

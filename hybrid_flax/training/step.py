@@ -21,7 +21,8 @@ from hybrid_flax.distributed.mesh import batch_sharded, on_mesh, replicated
 from hybrid_flax.training import Config
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
 from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
-from hybrid_flax.training.optimizers import Schedule
+from hybrid_flax.training.optimizers import trainable
+from hybrid_flax.training.schedules import Schedule
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -66,7 +67,7 @@ def make_train_step(
 
     def loss_of(params, batch_stats, images, targets, key):
         weights = weights_of({"params": params, "batch_stats": batch_stats})
-        outputs, batch_stats = apply(weights, images, train=True, key=key)
+        outputs, batch_stats = apply(weights, images, train=not config.model.eval_mode, key=key)
         return loss_of_outputs(outputs, targets), batch_stats
 
     @on_mesh(mesh)
@@ -91,13 +92,19 @@ def make_train_step(
             model_key,
             config.accumulation_steps,
         )
+        if config.optimizer.freeze:  # they count neither for the norm nor for the clipping
+            learns = trainable(grads, config.optimizer)
+            grads = jax.tree.map(lambda g, yes: g if yes else jnp.zeros_like(g), grads, learns)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         if batch_stats:
             new["batch_stats"] = batch_stats
         if "ema" in state:
-            new["ema"] = _average(state["ema"], weights_of(new), config.ema_decay)
+            decay = config.ema_decay
+            if config.ema_warmup:
+                decay = jnp.minimum(decay, (1 + state["step"]) / (10 + state["step"]))
+            new["ema"] = _average(state["ema"], weights_of(new), decay)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -160,7 +167,7 @@ def augmented_batch(
     return normalised_and_erased(images), targets
 
 
-def _average(average, weights, decay: float):
+def _average(average, weights, decay: float | jax.Array):
     """The moving average; counters are not averaged but taken over."""
 
     def update(old, new):

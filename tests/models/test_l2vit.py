@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 import hybrid_flax
-from convert.l2vit import read_class_map, select_classes
+from convert.l2vit import select_classes
 from hybrid_flax import bridge, layers
+from hybrid_flax.class_map import read_class_map
 from hybrid_flax.models import l2vit
 from tests import reference
 

@@ -11,7 +11,8 @@ from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import TrainTransform, train_batches
 from hybrid_flax.data.sources import open_source
 from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
-from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
+from hybrid_flax.training.optimizers import make_optimizer
+from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import make_train_step, new_state
 
 HEADS = {"gram_dim": 16, "heads": 2}
@@ -41,7 +42,7 @@ def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
     )
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, 1)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(bridge.as_training_function(model), optimizer, schedule, config, mesh)
     # A copy: the step consumes its state.

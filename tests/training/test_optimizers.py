@@ -2,68 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import hybrid_flax
 from configs import recipes
 from hybrid_flax import bridge
-from hybrid_flax.training.optimizers import cosine_schedule, decayed, make_optimizer
-
-
-def test_the_schedule_of_gcvit():
-    config = recipes.gcvit("gcvit_b", batch_size=4096)
-    schedule = jax.jit(cosine_schedule(config.schedule, 5e-3, 312))
-
-    def at(epoch):
-        return float(schedule(epoch * 312))
-
-    assert at(0) == pytest.approx(1e-6)
-    assert at(10) == pytest.approx(1e-6 + (5e-3 - 1e-6) / 2)
-    assert float(schedule(20 * 312 - 1)) == pytest.approx(4.999e-3, abs=1e-6)
-    # The cosine runs from the start of training, so that it has begun when the warm-up ends.
-    assert at(20) == pytest.approx(4.949e-3, abs=1e-6)
-    assert at(155) == pytest.approx((5e-3 + 5e-6) / 2, rel=1e-5)
-    assert at(310) == pytest.approx(5e-6)
-    assert at(320) == pytest.approx(5e-6)
-
-
-def test_a_cosine_after_the_warm_up_begins_at_the_peak():
-    config = recipes.glnet("glnet_4g").schedule
-    schedule = jax.jit(cosine_schedule(config, 2e-3, 625))
-    warmup = [float(schedule(step)) for step in (0, 625, 5 * 625)]
-    np.testing.assert_allclose(warmup, [0, 4e-4, 2e-3], rtol=1e-5)
-    assert float(schedule(152.5 * 625)) == pytest.approx((2e-3 + 1e-5) / 2, rel=1e-5)
-    assert float(schedule(300 * 625)) == pytest.approx(1e-5)
-
-
-def test_a_warm_up_may_reach_the_peak_with_its_last_step():
-    config = recipes.l2vit("l2vit_b").schedule
-    schedule = jax.jit(cosine_schedule(config, 4e-3, 312))
-    peak = [float(schedule(20 * 312 + i)) for i in (-2, -1, 0, 1)]
-    np.testing.assert_allclose(peak[1:3], 4e-3, rtol=1e-6)
-    assert peak[0] == pytest.approx(4e-3 * 6238 / 6239)
-    assert peak[3] < 4e-3
-
-
-def test_a_rate_may_change_between_epochs_only():
-    config = recipes.gramian("ga_convnext_t").schedule
-    schedule = jax.jit(cosine_schedule(config, 5e-3, 1251))
-    rates = [float(schedule(epoch * 1251 + 700)) for epoch in (0, 1, 2, 299)]
-    np.testing.assert_allclose(rates, [1e-6, 1.667e-3, 3.334e-3, 1.137e-6], rtol=1e-3)
-
-
-def test_the_rate_of_token_labelling_is_an_epoch_late():
-    config = recipes.glnet_token_labelling("glnet_4g_tklb").schedule
-    schedule = jax.jit(cosine_schedule(config, 2e-3, 625))
-    rates = [float(schedule(epoch * 625 + 10)) for epoch in (0, 1, 2, 309)]
-    np.testing.assert_allclose(rates[:3], [1e-6, 1e-6, 4.008e-4], rtol=1e-3)
-    assert rates[3] == pytest.approx(1.02e-5, rel=1e-2)
-
-
-def test_a_schedule_that_ends_before_it_begins_is_refused():
-    config = recipes.gcvit("gcvit_b", batch_size=4096).schedule
-    config.cosine_epochs = 20.0
-    with pytest.raises(ValueError, match="cosine_epochs=20.0 ends before the warm-up of 20.0"):
-        cosine_schedule(config, 1.0, 100)
+from hybrid_flax.training.layers import layer_ids
+from hybrid_flax.training.optimizers import decayed, make_optimizer, trainable
 
 
 def test_decay_follows_the_rank():
@@ -110,3 +55,197 @@ def test_clipping_decay_and_step_size_of_adamw():
     (path,) = [path for path in moments if path.endswith("mu/bias")]
     clipped = 1e3 * 5 / np.sqrt(6 * 1e6)  # to a global norm of 5
     np.testing.assert_allclose(moments[path], 0.1 * clipped, rtol=1e-5)
+
+
+def config_of(**changes):
+    config = recipes.gcvit("gcvit_b", batch_size=4096).optimizer
+    config.update({"clip_norm": 0.0, **changes})
+    return config
+
+
+SHAPES = {"block": {"kernel": (3, 4), "bias": (4,)}, "head": {"kernel": (4, 2), "bias": (2,)}}
+
+
+def numbers(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32),
+        SHAPES,
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
+
+
+def ours(config, steps=5, rate=0.1):
+    """What `steps` updates make of the parameters."""
+    optimizer = make_optimizer(config, lambda step: rate)
+    params = numbers(0)
+    state = optimizer.init(params)
+    for step in range(steps):
+        updates, state = optimizer.update(numbers(1 + step), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return bridge.flatten(params), state
+
+
+def theirs(make, config, steps=5, rate=0.1, clip=lambda parameters: None):
+    """The same by an optimizer of PyTorch; arrays of rank 2 decay. `clip` changes gradients."""
+    params = {path: torch.tensor(leaf) for path, leaf in bridge.flatten(numbers(0)).items()}
+    groups = [
+        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = make(groups, lr=rate)
+    for step in range(steps):
+        for path, gradient in bridge.flatten(numbers(1 + step)).items():
+            params[path].grad = torch.tensor(gradient)
+        clip(params)
+        optimizer.step()
+    return {path: parameter.numpy() for path, parameter in params.items()}
+
+
+def assert_same(got, want, rtol=2e-6):
+    for path, array in want.items():
+        np.testing.assert_allclose(got[path], array, rtol=rtol, atol=1e-6, err_msg=path)
+
+
+def test_adamw_is_that_of_pytorch():
+    config = config_of()
+    assert_same(ours(config)[0], theirs(torch.optim.AdamW, config))
+    # After one step the bias corrections are what is left: PyTorch computes them in float64.
+    config.weight_decay = 0.0
+    first = ours(config, steps=1, rate=1.0)[0]["block/kernel"] - numbers(0)["block"]["kernel"]
+    np.testing.assert_allclose(np.abs(first), 1, rtol=5e-7)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_that_of_pytorch(nesterov):
+    config = config_of(name="sgd", momentum=0.8, nesterov=nesterov)
+
+    def make(groups, lr):
+        return torch.optim.SGD(groups, lr, momentum=0.8, nesterov=nesterov)
+
+    assert_same(ours(config)[0], theirs(make, config))
+
+
+def test_lion_goes_by_signs():
+    config = config_of(name="lion", b2=0.99, weight_decay=0.5)
+    (first, second), start = (bridge.flatten(numbers(seed)) for seed in (1, 2)), numbers(0)
+    got, _ = ours(config, steps=2)
+    bias = start["block"]["bias"] - 0.1 * np.sign(first["block/bias"])
+    momentum = 0.01 * first["block/bias"]
+    bias -= 0.1 * np.sign(0.9 * momentum + 0.1 * second["block/bias"])
+    np.testing.assert_allclose(got["block/bias"], bias, rtol=1e-6)
+    got, _ = ours(config, steps=1)
+    kernel = start["block"]["kernel"]
+    np.testing.assert_allclose(
+        got["block/kernel"],
+        kernel - 0.1 * (np.sign(first["block/kernel"]) + 0.5 * kernel),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_adafactor_steps_by_the_size_of_the_parameter():
+    config = config_of(name="adafactor", weight_decay=0.0)
+    got, state = ours(config, steps=1)
+    start = numbers(0)["block"]["kernel"]
+    # The first step: gradient over its own size, times the parameter's root mean square.
+    want = start - 0.1 * np.sign(numbers(1)["block"]["kernel"]) * np.sqrt(np.mean(start**2))
+    np.testing.assert_allclose(got["block/kernel"], want, rtol=1e-5, atol=1e-6)
+    # Large matrices keep a row and a column: 300 + 200 numbers for 60,000.
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    state = optimizer.init({"kernel": jnp.zeros((300, 200))})
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 600
+
+
+def test_every_kind_of_clipping():
+    norm, value = config_of(clip_norm=0.5), config_of(clip_value=0.3)
+
+    def by_norm(params):
+        torch.nn.utils.clip_grad_norm_(list(params.values()), 0.5)
+
+    def by_value(params):
+        torch.nn.utils.clip_grad_value_(list(params.values()), 0.3)
+
+    for config, clip in ((norm, by_norm), (value, by_value)):
+        config.update({"name": "sgd", "momentum": 0.0})
+        assert_same(ours(config)[0], theirs(torch.optim.SGD, config, clip=clip))
+
+
+def test_adaptive_clipping_goes_by_units_and_skips_the_head():
+    config = config_of(name="sgd", momentum=0.0, weight_decay=0.0, clip_adaptive=0.01)
+    got, _ = ours(config, steps=1, rate=1.0)
+    for path, start in bridge.flatten(numbers(0)).items():
+        gradient = bridge.flatten(numbers(1))[path]
+        if path.startswith("block"):  # arXiv:2102.06171, equation 3: an output's weights together
+            bound = 0.01 * np.maximum(np.linalg.norm(start, axis=0), 1e-3)
+            gradient = gradient * np.minimum(1, bound / np.linalg.norm(gradient, axis=0))
+        np.testing.assert_allclose(got[path], start - gradient, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_what_is_frozen_neither_moves_nor_decays_nor_costs_memory():
+    config = config_of(freeze=(r"^(?!head/)",), clip_norm=0.5, layer_decay=0.5)
+    params = {"stages": {"0": {"blocks": {"0": numbers(0)["block"]}}}, "head": numbers(0)["head"]}
+    grads = {"stages": {"0": {"blocks": {"0": numbers(1)["block"]}}}, "head": numbers(1)["head"]}
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    state = optimizer.init(params)
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(), (4, 2), (2,)}
+    updates, _ = optimizer.update(grads, state, params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates["stages"]))
+    # Alone it would get the same: the frozen gradients are not in the norm.
+    alone = make_optimizer(config_of(clip_norm=0.5), lambda step: 0.1)
+    head = {"head": params["head"]}
+    want, _ = alone.update({"head": grads["head"]}, alone.init(head), head)
+    assert_same(bridge.flatten(updates["head"]), bridge.flatten(want["head"]))
+
+
+def test_unusable_freezing_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.freeze: 'haed' matches no parameter"):
+        trainable(numbers(0), config_of(freeze=("^head", "haed")))
+    with pytest.raises(ValueError, match=r"freeze=\('.',\) leaves no parameter to train"):
+        make_optimizer(config_of(freeze=(".",)), lambda step: 0.1).init(numbers(0))
+
+
+def test_the_rate_falls_with_the_distance_from_the_head():
+    config = config_of(layer_decay=0.5, weight_decay=0.1)
+    block = numbers(0)["block"]
+    params = {
+        "stem": {"conv": block},
+        "stages": {"0": {"blocks": {"0": block, "1": block}}},
+        "head": block,
+    }
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    flat = bridge.flatten(updates)
+    head = flat["head/kernel"]  # decay included: it belongs to the rate
+    np.testing.assert_allclose(flat["stages/0/blocks/1/kernel"], head / 2, rtol=1e-6)
+    np.testing.assert_allclose(flat["stages/0/blocks/0/kernel"], head / 4, rtol=1e-6)
+    np.testing.assert_allclose(flat["stem/conv/kernel"], head / 8, rtol=1e-6)
+
+
+# How many layers: a stem, the blocks, (GA's bottleneck over the stages,) the classifier; and where
+# what lies between the blocks belongs.
+LAYERS = {
+    "gcvit_xxt": (2 + 2 + 6 + 2, {"stages/0/downsample/reduction/kernel": 2, "norm/scale": 13}),
+    "l2vit_t": (2 + 2 + 6 + 2, {"stages/0/embed/conv1/kernel": 0, "stages/1/embed/norm/bias": 3}),
+    "glnet_4g_tklb": (4 + 4 + 18 + 4, {"stages/1/embed/bn/scale": 5, "token_head/bias": 31}),
+    "ga_convnext_t": (18 + 1, {"trunk/downsamplers/0/conv/kernel": 4, "heads/4/gamma1": 20}),
+    "ga_cswin_t": (1 + 2 + 21 + 1 + 1, {"trunk/merges/2/conv/kernel": 25, "trunk/stage5/mix": 26}),
+    "ga_resnet50": (3 + 4 + 6 + 3 + 1, {"trunk/stem/conv/kernel": 0, "trunk/stage5/": 17}),
+    "ga_vit_s": (12, {"trunk/positions": 0, "trunk/blocks/11/norm1/bias": 12, "trunk/norm/": 13}),
+    "unified_pvt_micro": (9, {"stages/1/downsample/conv/kernel": 3, "stages/0/norm/scale": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_parameter_has_its_layer(name):
+    blocks, places = LAYERS[name]
+    model = bridge.abstract(lambda: hybrid_flax.create_model(name))
+    ids = layer_ids(bridge.flatten(bridge.get_weights(model)["params"]))
+    assert set(ids.values()) == set(range(blocks + 2))
+    for start, layer in places.items():
+        assert {number for path, number in ids.items() if path.startswith(start)} == {layer}
+
+
+def test_an_unknown_place_in_the_network_is_named():
+    with pytest.raises(ValueError, match="how deep in the network neck/kernel lies is not known"):
+        layer_ids(["stem/kernel", "neck/kernel"])

@@ -8,7 +8,8 @@ import pytest
 from configs import quickstart
 from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
-from hybrid_flax.training.optimizers import cosine_schedule, make_optimizer
+from hybrid_flax.training.optimizers import make_optimizer
+from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import (
     augmented_batch,
     make_eval_step,
@@ -50,7 +51,7 @@ def batch(size=16, seed=0):
 
 def build(config, mesh):
     """(train step, fresh state on the mesh)"""
-    schedule = cosine_schedule(config.schedule, config.optimizer.learning_rate, 10)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(bridge.as_training_function(model()), optimizer, schedule, config, mesh)
     params = jax.tree.map(jnp.copy, bridge.get_weights(model()))
@@ -96,7 +97,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch():
     for count in (1, 2):
         config.accumulation_steps = count
         mesh = make_mesh(jax.devices()[:4])
-        schedule = cosine_schedule(config.schedule, 1e-3, 10)
+        schedule = make_schedule(config.schedule, 1e-3, 10)
         optimizer = make_optimizer(config.optimizer, schedule)
         step = make_train_step(apply, optimizer, schedule, config, mesh)
         state = new_state(jax.tree.map(jnp.copy, params), optimizer, config.ema_decay)
