@@ -259,6 +259,8 @@ def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
     config.loss = ConfigDict({"name": "gramian", "label_smoothing": 0.1, "diversity": -0.8})
     config.optimizer.name = "lamb"
     config.optimizer.clip_norm = 1.0
+    if name == "ga_vit_s":
+        config.optimizer.decay_never = (r"/positions$",)
     config.ema_decay = 0.0
     config.schedule.warmup_epochs = 3.0
     config.schedule.warmup_learning_rate = 1e-6

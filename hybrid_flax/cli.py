@@ -46,11 +46,21 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
-        message = str(error)
+        message = str(_cause(error))
     except (AttributeError, KeyError) as error:  # ml_collections: no such field
         message = "--config has no such field: " + str(error.args[0]).replace("\n", ". ")
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The InputError that a config file raised: ml_collections and absl wrap it in their own."""
+    found, link = error, error
+    while link:
+        if isinstance(link, InputError):
+            found = link
+        link = link.__cause__ or link.__context__
+    return found
 
 
 def _config(flag) -> ml_collections.ConfigDict:

@@ -20,7 +20,7 @@ from hybrid_flax.workdir import to_plain
 CONFIGS = sorted(
     path.stem
     for path in pathlib.Path("configs").glob("*.py")
-    if path.stem not in ("__init__", "recipes", "quickstart")
+    if path.stem not in ("__init__", "arguments", "recipes", "quickstart")
 )
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs.json"
 

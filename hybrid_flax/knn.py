@@ -1,0 +1,162 @@
+"""How good a model's features are without training anything: k nearest neighbours.
+
+python -m hybrid_flax.knn --config=configs/gcvit_b.py --workdir=DIR
+
+DIR is the work directory of a training run, or what `python -m convert` wrote; its classifier is
+not used, so the dataset may be any. `--neighbours` and `--temperature` change what DINO uses.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from hybrid_flax import bridge, cli
+from hybrid_flax.checkpoints import load_weights
+from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.sources import Source, open_source
+from hybrid_flax.distributed.mesh import (
+    batch_sharded,
+    make_mesh,
+    on_mesh,
+    replicated,
+    to_devices,
+)
+from hybrid_flax.errors import InputError
+from hybrid_flax.fitting import fit
+from hybrid_flax.training.step import normalise
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+_CHUNK = 256  # queries at a time
+
+
+def knn_predictions(
+    queries: Float[Array, "N D"],
+    bank: Float[Array, "M D"],
+    labels: Int[Array, "M"],
+    num_classes: int,
+    *,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Int[np.ndarray, "N"]:
+    """The class of each query by its nearest neighbours in the bank, as DINO measures it.
+
+    Features have length 1. The `neighbours` with the largest cosine similarity s vote for their
+    class with the weight exp(s/temperature) (arXiv:1805.01978, section 3.4; arXiv:2104.14294).
+
+    Raises:
+      InputError: more neighbours than the bank has, or a temperature that is not positive.
+    """
+    if not 1 <= neighbours <= len(bank):
+        raise InputError(
+            f"--neighbours={neighbours}: expected a number from 1 to {len(bank)}, the training "
+            "images that there are"
+        )
+    if not temperature > 0:
+        raise InputError(f"--temperature={temperature}: expected a number above 0")
+    bank, labels = jnp.asarray(bank), jnp.asarray(labels)
+
+    @jax.jit
+    def predict(queries):
+        similarity, nearest = jax.lax.top_k(queries @ bank.T, neighbours)
+        # Relative to the best, which changes no vote: exp(1/temperature) may be too large.
+        votes = jnp.exp((similarity - similarity[:, :1]) / temperature)
+        classes = jax.nn.one_hot(labels[nearest], num_classes, dtype=votes.dtype)
+        return jnp.einsum("nk,nkc->nc", votes, classes).argmax(-1)
+
+    chunks = [predict(queries[i : i + _CHUNK]) for i in range(0, len(queries), _CHUNK)]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
+
+
+def extract(
+    apply, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
+    """(features, labels) of all images of a source that can be read, in evaluation crops.
+
+    The features are what the classifier sees: the pooled last map. Those of several heads follow
+    each other. Each is scaled to length 1.
+    """
+
+    @on_mesh(mesh)
+    def features_of(weights, images):
+        images = normalise(images, config.dataset.mean, config.dataset.std)
+        maps = apply(weights, images, method="intermediates")
+        pooled = [maps[name] for name in maps if name.startswith("pooled")]
+        features = jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
+        return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+    compiled = jax.jit(
+        features_of,
+        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    batches = eval_batches(
+        EvalTransform.from_config(config, source),
+        batch_size=batch_size,
+        num_workers=config.dataset.num_workers,
+    )
+    features, labels = [], []
+    with contextlib.closing(batches):
+        for batch in batches:
+            counted = batch["mask"] > 0
+            images = to_devices({"image": batch["image"]}, mesh)["image"]
+            features.append(np.asarray(compiled(weights, images))[counted])
+            labels.append(batch["label"][counted])
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def main(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> int:
+    """Prints the top-1 accuracy of the validation images by the training images around them."""
+    config = ml_collections.ConfigDict(config)
+    check(config)
+    mesh = make_mesh()
+    train, val = (
+        open_source(config.dataset.name, config.dataset.path, split) for split in ("train", "val")
+    )
+    resolve_classes(config, train)
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    template = bridge.get_weights(model)
+    loaded = load_weights(workdir)
+    # What the checkpoint does not fill is the classifier, which is not used.
+    fresh = {
+        path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in bridge.flatten(template).items()
+    }
+    fitted = fit(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
+    weights = jax.device_put(bridge.unflatten_like(template, fitted), replicated(mesh))
+    apply = bridge.as_function(model)
+    bank, bank_labels = extract(apply, weights, train, config, mesh)
+    queries, labels = extract(apply, weights, val, config, mesh)
+    predicted = knn_predictions(
+        queries,
+        bank,
+        bank_labels,
+        config.model.num_classes,
+        neighbours=neighbours,
+        temperature=temperature,
+    )
+    print(
+        f"{config.model.name} at step {loaded.step} of {workdir}, {config.dataset.name}:\n"
+        f"  {'averaged' if loaded.averaged else 'trained'} weights: top-1 "
+        f"{100 * np.mean(predicted == labels):.2f} % of {len(labels)} images, by the {neighbours} "
+        f"nearest of {len(bank)} training images"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    _neighbours = flags.DEFINE_integer("neighbours", NEIGHBOURS, "How many vote.")
+    _temperature = flags.DEFINE_float("temperature", TEMPERATURE, "Of the votes' weights.")
+    cli.run(lambda config, workdir: main(config, workdir, _neighbours.value, _temperature.value))
