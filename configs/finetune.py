@@ -57,7 +57,7 @@ def get_config(arguments: str = ""):
     config.eval.batch_size = 64
 
     config.augment.crop_scale = (0.35, 1.0)
-    config.augment.rand_augment = "rand-m5-mstd0.5-inc1"
+    config.augment.auto_augment = "rand-m5-mstd0.5-inc1"
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
     config.augment.erasing_probability = 0.1
@@ -83,7 +83,7 @@ def get_config(arguments: str = ""):
         config.dataset.num_workers = 0
         config.augment.crop_scale = (0.6, 1.0)
         config.augment.flip = 0.0
-        config.augment.rand_augment = ""
+        config.augment.auto_augment = ""
         config.eval.crop_fraction = 1.0
     if given["probe"]:
         _probe(config)
@@ -101,5 +101,5 @@ def _probe(config):
     config.optimizer.decay_also = config.optimizer.decay_never = ()
     config.ema_decay = 0.0
     config.loss = {"name": "softmax", "label_smoothing": 0.0}  # in evaluation all give logits
-    config.augment.rand_augment = ""
+    config.augment.auto_augment = ""
     config.augment.erasing_probability = 0.0

@@ -1,5 +1,7 @@
 """GA-ConvNeXt Base with 1024 channels in stage 4, accuracy unpublished: 128.8 M parameters.
 
+Row "GA-ConvNeXt" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/ga_convnext_b_1024.py --workdir=DIR
 """
 

@@ -1,5 +1,7 @@
 """GA-ConvNeXt Small with 768 channels in stage 4, accuracy unpublished: 76.7 M parameters.
 
+Row "GA-ConvNeXt" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/ga_convnext_s_768.py --workdir=DIR
 """
 

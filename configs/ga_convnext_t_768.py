@@ -1,5 +1,7 @@
 """GA-ConvNeXt Tiny with 768 channels in stage 4, accuracy unpublished: 54.4 M parameters.
 
+Row "GA-ConvNeXt" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/ga_convnext_t_768.py --workdir=DIR
 """
 

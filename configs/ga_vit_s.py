@@ -2,6 +2,8 @@
 
 A reconstruction: the authors published no code for this model, only its results.
 
+Row "GA-ConvNeXt" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/ga_vit_s.py --workdir=DIR
 """
 

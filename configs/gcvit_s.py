@@ -1,5 +1,7 @@
 """GC ViT Small on ImageNet-1k: 84.3 % top-1 published, 51.1 M parameters; unmeasured here.
 
+Row "GC ViT, S to L" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/gcvit_s.py --workdir=DIR
 """
 

@@ -1,5 +1,7 @@
 """GC ViT Small2 on ImageNet-1k: 84.8 % top-1 published, 68.6 M parameters; unmeasured here.
 
+Row "GC ViT, S to L" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/gcvit_s2.py --workdir=DIR
 """
 

@@ -1,5 +1,7 @@
 """GC ViT Tiny on ImageNet-1k: 83.5 % top-1 published, 28.2 M parameters; unmeasured here.
 
+Row "GC ViT, XXT to T2" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/gcvit_t.py --workdir=DIR
 """
 

@@ -1,5 +1,7 @@
 """GC ViT XTiny on ImageNet-1k: 82.0 % top-1 published, 20.0 M parameters; unmeasured here.
 
+Row "GC ViT, XXT to T2" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/gcvit_xt.py --workdir=DIR
 """
 

@@ -3,6 +3,8 @@
 Fine-tunes the ImageNet-22k weights: `--config.init_from=` their converted checkpoint. The authors'
 commands leave out the model's name; the window of 12 is the released model's.
 
+Row "L2ViT-B, 22k → 1k" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/l2vit_b_384.py --workdir=DIR
 """
 

@@ -1,11 +1,11 @@
 """One training recipe per paper; the model configs beside this file choose from them.
 
+docs/recipes.md has the numbers as a table. D1 to D62 are the places, listed there, where an
+authors' README, script and code disagree or are silent; a recipe names those it had to decide.
+
 All five papers mix images, and some take batch statistics, over the images of one GPU. Which ones
 those are is said here by `augment.mix_group` and `model.batch_norm_group`, so that a run is the
 same on any number of devices. Each group draws its own λ, coin and box.
-
-D2, D19 and so on are entries of the project's ledger of places where an author's README, scripts
-and code disagree.
 """
 
 from ml_collections import ConfigDict
@@ -123,17 +123,18 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
 def gcvit(name: str, *, batch_size: int, learning_rate: float = 5e-3) -> ConfigDict:
     """GC ViT on ImageNet-1k (arXiv:2206.09959), as the authors' configs and code train it.
 
-    Where their sources disagree or are silent:
-    - The batch is given per GPU (128 for XXT to T2, 32 from S up). A maintainer says that 32 GPUs
-      were used, so 4096 and 1024 images. The paper as quoted there says 128 in all with 1e-3.
-      Mixing is by those 32 (D2, D3), on whole pixel values, before erasing.
-    - The same learning rate of 5e-3 is given for both batch sizes, without a scaling rule. With
-      another batch size, set `--config.optimizer.learning_rate` yourself.
-    - "310 epochs" runs 320: the cosine reaches its minimum after 310, ten more follow.
+    - D2: the batch is given per GPU, 128 for XXT to T2. A maintainer says that 32 GPUs were used,
+      so 4096 images. The paper as quoted there says 128 in all with 1e-3.
+    - D3: from S up it is 32 per GPU, here 1024, with the same learning rate and no scaling rule.
+      With another batch, set `--config.optimizer.learning_rate` yourself, or say with
+      `learning_rate_for_batch` which batch it is for.
+    - D4: "310 epochs" runs 320: the cosine reaches its minimum after 310, ten more follow.
+    - D7: evaluation during their training cut 0.875 of the image for all models; here every model
+      is evaluated as its release was.
+    - D8: `drop_path` is the models' own rate: the authors' command-line flag was never read.
+    - D9: position tables decay: they have rank 2.
+    - D2, D3: mixing is by the images of those 32 GPUs, on whole pixel values, before erasing.
     - Training used float16 with loss scaling; bfloat16 here needs no scaling.
-    - Evaluation during their training cut 0.875 of the image for all models; here every model is
-      evaluated as its release was.
-    - `drop_path` is the models' own rate: the authors' command-line flag for it was never read.
     """
     config = _imagenet(name, batch_size=batch_size, learning_rate=learning_rate)
     config.epochs = 320
@@ -152,7 +153,7 @@ def l2vit(name: str) -> ConfigDict:
     """L2ViT from scratch on ImageNet-1k (arXiv:2501.16182).
 
     - Trained in float32 without clipping. `temperature` decays: it has rank 3.
-    - Only Base's command is published; the drop path of Tiny and Small is ours (0.1 and 0.2).
+    - D53: only Base's command is published; the drop path of Tiny and Small is ours (0.1 and 0.2).
     - A GPU had 128 images at a time. Of its running statistics the first GPU's were kept; ours move
       towards the mean of all.
     """
@@ -164,11 +165,41 @@ def l2vit(name: str) -> ConfigDict:
     return config
 
 
+def l2vit_pretrain(name: str) -> ConfigDict:
+    """L2ViT on ImageNet-22k, whose 21,841 classes come as folders: set `--config.dataset.path=`.
+
+    - D52: the command leaves out the model's name; Base is what was released.
+    - D55: the authors' code has no such dataset. Their class map to 1k follows their own order of
+      the classes, which need not be that of your folders.
+    - Mixing and smoothing are on, because nothing turns them off.
+    """
+    config = l2vit(name)
+    config.batch_size = 1024
+    config.epochs = 90
+    config.dataset.name = "image_folder"
+    config.model.num_classes = 21841
+    config.model.drop_path = 0.2
+    config.optimizer.learning_rate = 1e-3
+    config.ema_decay = 0.0
+    config.eval.every_epochs = 10
+    config.schedule.warmup_epochs = 5.0
+    config.schedule.warmup_learning_rate = 1e-6
+    config.schedule.min_learning_rate = 1e-5
+    config.schedule.decay_epochs = 90.0
+    return config
+
+
 def l2vit_finetune(name: str) -> ConfigDict:
     """L2ViT from its ImageNet-22k weights to 1k: set `--config.init_from=`.
 
-    The commands leave mixup, cutmix and smoothing on, and so does this (D57). A GPU had 64 images
-    at a time.
+    With `--config.init_class_map=` the authors' `custom_map22kto1k.txt` the classifier keeps the
+    rows of the 1,000 classes; without it, it begins fresh.
+
+    - D57: the commands leave mixup, cutmix and smoothing on, and so does this.
+    - D59: the average is kept and evaluated as by the commands; the released files are the raw
+      weights.
+    - D60: the 384-pixel command does not name the model with windows of 12; the release is one.
+    - A GPU had 64 images at a time.
     """
     config = l2vit(name)
     config.batch_size = 1024
@@ -187,9 +218,10 @@ def l2vit_finetune(name: str) -> ConfigDict:
 def glnet(name: str) -> ConfigDict:
     """GLNet on ImageNet-1k (arXiv:2411.14429), by the README's numbers.
 
-    - The shipped script has drop path 0.1 for 4G and 9G, the README 0.15 and 0.3: the README's.
-    - The YAML has neither a learning rate nor clipping, the README both.
-    - The rank-0 `slot_scale` decays: the authors leave out rank 1 only.
+    - D16: the shipped script has drop path 0.1 for 4G and 9G, the README 0.15 and 0.3: the
+      README's.
+    - D17: the YAML has neither a learning rate nor clipping, the README both.
+    - D29: the rank-0 `slot_scale` decays: the authors leave out rank 1 only.
     - A GPU had 128 images at a time. Of its running statistics the first GPU's were kept; ours move
       towards the mean of all.
     """
@@ -206,14 +238,19 @@ def glnet_token_labelling(name: str) -> ConfigDict:
     """GLNet with token labelling: MixToken inside the model, no other mixing, no average.
 
     Name the folder of the label maps with `--config.dataset.label_maps=`; without them every token
-    is taught its image's label. The authors' code cuts the maps' crops transposed (D30), we as the
-    image is cut; `--config.loss.transposed_crops=True` does as they did. The learning rate changes
-    once per epoch and, in the authors' loop, one epoch late. Ten cool-down epochs in their config
-    are never reached (D20). The YAML's mixing and repeated augmentation are ignored by their code,
-    and so here (D19). Batch statistics are of the 128 images of a GPU; they average the running
-    ones after each epoch, here they are averaged always.
+    is taught its image's label.
+
+    - D19: mixing and repeated augmentation in the YAML are ignored by the code: the code's.
+    - D20: the rate changes once per epoch and, in the authors' loop, one epoch late
+      (`lag_epochs`). Ten cool-down epochs in their config are never reached.
+    - D29: `slot_scale` does not decay here, by timm's rule.
+    - D30: the authors cut the label maps transposed; here as the image is cut, and as they did with
+      `--config.loss.transposed_crops=True`.
+    - Batch statistics are of the 128 images of a GPU; they average the running ones after each
+      epoch, here they are averaged always.
     """
-    config = _imagenet(name, batch_size=2048, learning_rate=2e-3)
+    config = _imagenet(name, batch_size=2048, learning_rate=5e-4)
+    config.optimizer.learning_rate_for_batch = 512  # the program's rule: 2e-3 at 2048
     config.epochs = 310
     config.augment.interpolation = "random"
     config.augment.mixup_alpha = 0.0
@@ -241,7 +278,11 @@ def glnet_token_labelling(name: str) -> ConfigDict:
 def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
     """Gramian attention heads on ImageNet-1k (arXiv:2310.16483), by the README's commands.
 
-    - timm's LAMB clips the global norm to 1 by itself; the commands' momentum does not reach it.
+    - D42, D45: the README's names are not the code's; its models are those of width 688, 688, 976.
+    - D44: GA-ResNet50 and GA-ViT-S are in the results without code: as GA-ConvNeXt, and as in
+      timm's ViT the learned positions do not decay.
+    - D46: timm's LAMB clips the global norm to 1 by itself; the commands' momentum does not reach
+      it.
     - Evaluation cuts 0.875 of the image, which is what timm resolves for these models; a table for
       GA-CSWin that nothing reads says 0.9.
     - A GPU had 128 images at a time, two GPUs four times a step; mixing is on whole pixel values.
@@ -272,10 +313,11 @@ def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
 def unified(name: str) -> ConfigDict:
     """The unified models on ImageNet-1k (arXiv:2211.05781).
 
-    - Two scripts exist: for transformers (HaloNet, PVT, Swin), and for CNNs (ConvNeXt). Nothing
-      says which one InternImage used; here the transformers'.
-    - Weight decay goes by rank in PyTorch: it acts on the layer scales of HaloNet and ConvNeXt,
-      which are stored with four axes there, and not on the others'.
+    - D31: settings exist for transformers (HaloNet, PVT, Swin) and for CNNs (ConvNeXt), not for
+      each size. Nothing says which ones InternImage used; here the transformers'.
+    - D32: the program's defaults are the transformers', though its help quotes 4e-3 at 4096.
+    - D33: weight decay goes by rank in PyTorch: it acts on the layer scales of HaloNet and
+      ConvNeXt, which are stored with four axes there, and not on the others'.
     - Batch norms are synchronised over all GPUs. Mixing is by GPU, of which the scripts take 8.
     """
     mixer = hybrid_flax.model_variant(name).mixer

@@ -1,5 +1,7 @@
 """Unified ConvNeXt Tiny: 82.2 % top-1 published, 31.9 M parameters; unmeasured here.
 
+Row "Unified, CNNs" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/unified_convnext_tiny.py --workdir=DIR
 """
 

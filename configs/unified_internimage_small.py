@@ -1,5 +1,7 @@
 """Unified InternImage Small: 84.1 % top-1 published, 50.1 M parameters; unmeasured here.
 
+Row "Unified, transformers" of docs/recipes.md.
+
 python -m hybrid_flax.main --config=configs/unified_internimage_small.py --workdir=DIR
 """
 

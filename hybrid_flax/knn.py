@@ -54,13 +54,7 @@ def knn_predictions(
     Raises:
       InputError: more neighbours than the bank has, or a temperature that is not positive.
     """
-    if not 1 <= neighbours <= len(bank):
-        raise InputError(
-            f"--neighbours={neighbours}: expected a number from 1 to {len(bank)}, the training "
-            "images that there are"
-        )
-    if not temperature > 0:
-        raise InputError(f"--temperature={temperature}: expected a number above 0")
+    _check(neighbours, temperature, len(bank))
     bank, labels = jnp.asarray(bank), jnp.asarray(labels)
 
     @jax.jit
@@ -75,28 +69,43 @@ def knn_predictions(
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
 
 
-def extract(
-    apply, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
-    """(features, labels) of all images of a source that can be read, in evaluation crops.
+def _check(neighbours: int, temperature: float, images: int) -> None:
+    if not 1 <= neighbours <= images:
+        raise InputError(
+            f"--neighbours={neighbours}: expected a number from 1 to {images}, the training "
+            "images that there are"
+        )
+    if not temperature > 0:
+        raise InputError(f"--temperature={temperature}: expected a number above 0")
 
-    The features are what the classifier sees: the pooled last map. Those of several heads follow
-    each other. Each is scaled to length 1.
-    """
+
+def pooled_features(apply, weights, images: Array) -> Float[Array, "B D"]:
+    """What the classifier sees: the pooled last map. Those of several heads follow each other."""
+    maps = apply(weights, images, method="intermediates")
+    pooled = [maps[name] for name in maps if name.startswith("pooled")]
+    return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
+
+
+def make_feature_step(apply, config: ml_collections.ConfigDict, mesh: Mesh):
+    """Compiles `step(weights, uint8 images [B, H, W, 3]) → features of length 1 [B, D]`."""
 
     @on_mesh(mesh)
-    def features_of(weights, images):
+    def feature_step(weights, images):
         images = normalise(images, config.dataset.mean, config.dataset.std)
-        maps = apply(weights, images, method="intermediates")
-        pooled = [maps[name] for name in maps if name.startswith("pooled")]
-        features = jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
+        features = pooled_features(apply, weights, images)
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
-    compiled = jax.jit(
-        features_of,
+    return jax.jit(
+        feature_step,
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
     )
+
+
+def extract(
+    feature_step, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
+    """(features, labels) of a source's readable images, in evaluation crops."""
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     batches = eval_batches(
         EvalTransform.from_config(config, source),
@@ -108,7 +117,7 @@ def extract(
         for batch in batches:
             counted = batch["mask"] > 0
             images = to_devices({"image": batch["image"]}, mesh)["image"]
-            features.append(np.asarray(compiled(weights, images))[counted])
+            features.append(np.asarray(feature_step(weights, images))[counted])
             labels.append(batch["label"][counted])
     return np.concatenate(features), np.concatenate(labels)
 
@@ -126,6 +135,7 @@ def main(
     train, val = (
         open_source(config.dataset.name, config.dataset.path, split) for split in ("train", "val")
     )
+    _check(neighbours, temperature, len(train))  # before the minutes that features take
     resolve_classes(config, train)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)
@@ -136,9 +146,9 @@ def main(
     }
     fitted = fit(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
     weights = jax.device_put(bridge.unflatten_like(template, fitted), replicated(mesh))
-    apply = bridge.as_function(model)
-    bank, bank_labels = extract(apply, weights, train, config, mesh)
-    queries, labels = extract(apply, weights, val, config, mesh)
+    feature_step = make_feature_step(bridge.as_function(model), config, mesh)
+    bank, bank_labels = extract(feature_step, weights, train, config, mesh)
+    queries, labels = extract(feature_step, weights, val, config, mesh)
     predicted = knn_predictions(
         queries,
         bank,
