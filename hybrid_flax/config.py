@@ -32,6 +32,7 @@ def _one_of(*choices):
     return lambda value: value in choices, f"one of {', '.join(map(repr, choices))}"
 
 
+_not_negative = (lambda value: value >= 0, "a number from 0")
 _below_one = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -89,26 +90,27 @@ _CHECKS = {
     "loss.label_smoothing": _below_one,
     "optimizer.name": _one_of(*OPTIMIZERS),
     "optimizer.learning_rate": _above(0),
-    "optimizer.learning_rate_for_batch": _above(-1),
+    "optimizer.learning_rate_for_batch": _not_negative,
     "optimizer.b1": _below_one,
     "optimizer.b2": _below_one,
     "optimizer.eps": _above(0),
     "optimizer.momentum": _below_one,
     "optimizer.nesterov": _one_of(False, True),
-    "optimizer.weight_decay": _above(-1e-9),
+    "optimizer.weight_decay": _not_negative,
     "optimizer.layer_decay": (lambda value: 0 < value <= 1, "a number above 0, up to 1 (off)"),
     "optimizer.freeze": (_are_expressions, "regular expressions"),
     "optimizer.decay_also": (_are_expressions, "regular expressions"),
     "optimizer.decay_never": (_are_expressions, "regular expressions"),
-    "optimizer.clip_norm": _above(-1e-9),
-    "optimizer.clip_value": _above(-1e-9),
-    "optimizer.clip_adaptive": _above(-1e-9),
+    "optimizer.clip_norm": _not_negative,
+    "optimizer.clip_value": _not_negative,
+    "optimizer.clip_adaptive": _not_negative,
     "schedule.name": _one_of(*SHAPES),
-    "schedule.warmup_epochs": _above(-1e-9),
-    "schedule.warmup_learning_rate": _above(-1e-9),
-    "schedule.min_learning_rate": _above(-1e-9),
+    "schedule.warmup_epochs": _not_negative,
+    "schedule.warmup_learning_rate": _not_negative,
+    "schedule.min_learning_rate": _not_negative,
     "schedule.step_epochs": _above(0),
     "schedule.step_factor": (lambda value: 0 < value < 1, "a number above 0 and below 1"),
+    "schedule.decay_epochs": _above(0),
     "schedule.lag_epochs": _above(-1),
     "eval.batch_size": _above(0),
     "eval.every_epochs": _above(0),

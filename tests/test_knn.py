@@ -1,0 +1,83 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import hybrid_flax
+from hybrid_flax import bridge, knn
+from hybrid_flax.checkpoints import Checkpoints
+from tests import reference, tiny
+
+
+def unit(features):
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_neighbours_vote_with_the_weight_of_their_similarity():
+    bank = unit(np.array([[1, 0.1], [0.2, 1], [0.1, 1], [-1, 0]], float))
+    labels, query = np.array([2, 1, 1, 0]), unit(np.array([[1.0, 0.3]]))
+
+    def predicted(neighbours, temperature):
+        found = knn.knn_predictions(
+            query, bank, labels, 3, neighbours=neighbours, temperature=temperature
+        )
+        return found.tolist()
+
+    assert predicted(1, 0.07) == [2]
+    # At a low temperature the nearest decides, at a high one the majority of the three.
+    assert predicted(3, 0.07) == [2]
+    assert predicted(3, 10.0) == [1]
+
+
+def test_many_queries_and_a_plain_calculation():
+    rng = np.random.default_rng(0)
+    bank, queries = unit(rng.normal(size=(400, 8))), unit(rng.normal(size=(300, 8)))
+    labels = rng.integers(0, 5, 400)
+    want = []
+    for query in queries:
+        similarity = bank.astype(float) @ query
+        nearest = np.argsort(-similarity)[:20]
+        votes = np.bincount(labels[nearest], np.exp(similarity[nearest] / 0.07), minlength=5)
+        want.append(votes.argmax())
+    assert knn.knn_predictions(queries, bank, labels, 5).tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"neighbours": 0}, "--neighbours=0: expected a number from 1 to 3, the training images"),
+        ({"neighbours": 4}, "--neighbours=4: expected a number from 1 to 3"),
+        ({"neighbours": 1, "temperature": 0.0}, "--temperature=0.0: expected a number above 0"),
+    ],
+)
+def test_unusable_numbers_are_refused(arguments, message):
+    bank = np.eye(3, dtype=np.float32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        knn.knn_predictions(bank, bank, np.arange(3), 3, **arguments)
+
+
+def test_the_program_needs_no_fitting_classifier(tmp_path, capsys):
+    config = tiny.config(eval__batch_size=360)
+    model = reference.model("gcvit_xxt", num_classes=7, image_size=32, **config.model.overrides)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(5, bridge.get_weights(model), {"model": "gcvit_xxt"})
+    checkpoints.wait()
+    assert knn.main(config, str(tmp_path), neighbours=5) == 0
+    said = capsys.readouterr().out
+    found = re.search(
+        r"gcvit_xxt at step 5 of .*, digits:\n  trained weights: top-1 ([\d.]+) % of 360 images, "
+        r"by the 5 nearest of 1437 training images",
+        said,
+    )
+    assert float(found[1]) > 80  # untrained features keep a digit beside its likes
+    with pytest.raises(ValueError, match="--neighbours=2000: expected a number from 1 to 1437"):
+        knn.main(config, str(tmp_path), neighbours=2000)
+
+
+def test_the_features_of_several_heads_follow_each_other():
+    model = bridge.abstract(lambda: hybrid_flax.create_model("ga_convnext_t"))
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    features = jax.eval_shape(lambda w, x: knn.pooled_features(apply, w, x), weights, images)
+    assert features.shape == (2, 5 * 688)
