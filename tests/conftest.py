@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items):
         "test_trajectory",
         "test_model_shapes",
         "test_families",
+        "test_torch_loop",
         "test_attention_paths",
         "test_unified",
     )

@@ -12,7 +12,7 @@ import optax
 from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
 from hybrid_flax.training import Config
-from hybrid_flax.training.layers import layer_ids
+from hybrid_flax.training.layer_decay import layer_ids
 from hybrid_flax.training.schedules import Schedule
 
 OPTIMIZERS = ("adamw", "lamb", "sgd", "lion", "adafactor")
@@ -32,7 +32,7 @@ def make_optimizer(config: Config, schedule: Schedule) -> optax.GradientTransfor
 
     Parameters that `freeze` names get no update and no decay, have no state, and do not count in
     the norm that is clipped. With `layer_decay` below 1 the learning rate is that many times
-    smaller with each layer further from the classifier: see `layers.layer_ids`.
+    smaller with each layer further from the classifier: see `layer_decay.layer_ids`.
     """
 
     def mask(params):

@@ -7,7 +7,7 @@ import torch
 import hybrid_flax
 from configs import recipes
 from hybrid_flax import bridge
-from hybrid_flax.training.layers import layer_ids
+from hybrid_flax.training.layer_decay import layer_ids
 from hybrid_flax.training.optimizers import decayed, make_optimizer, trainable
 
 

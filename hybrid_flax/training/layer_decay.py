@@ -49,7 +49,7 @@ def layer_ids(paths: Iterable[str]) -> dict[str, int]:
             return len(numbers) + 1
         raise InputError(
             f"--config.optimizer.layer_decay: how deep in the network {path} lies is not known; "
-            "add its place to hybrid_flax/training/layers.py, or set layer_decay=1.0"
+            "add its place to hybrid_flax/training/layer_decay.py, or set layer_decay=1.0"
         )
 
     return {path: place(path) for path in paths}
