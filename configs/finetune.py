@@ -56,6 +56,8 @@ def get_config(arguments: str = ""):
     config.log_every_steps = 10
     config.eval.batch_size = 64
 
+    config.model.batch_norm_group = config.augment.mix_group = 0  # one batch, whatever its size
+    config.augment.repeats = 1
     config.augment.crop_scale = (0.35, 1.0)
     config.augment.auto_augment = "rand-m5-mstd0.5-inc1"
     config.augment.mixup_alpha = 0.0
