@@ -22,8 +22,8 @@ STAGES = HEADS | {"depths": (1, 1, 2, 1), "taps": 1}
 MODELS = {
     "gcvit_xxt": (64, {"dim": 32, "depths": (2, 1, 1, 1)}),
     "l2vit_t": (32, {"dim": 32, "depths": (2, 1, 1, 1)}),
-    "glnet_4g": (64, {"dim": 32, "depths": (1, 1, 2, 1)}),
-    "glnet_4g_tklb": (64, {"dim": 32, "depths": (1, 1, 2, 1)}),
+    "glnet_4g": (64, {"dim": 32, "depths": (1, 1, 1, 1)}),
+    "glnet_4g_tklb": (64, {"dim": 32, "depths": (1, 1, 1, 1)}),
     "ga_convnext_t": (64, STAGES | {"dims": (16, 32, 32, 64)}),
     "ga_vit_s": (64, HEADS | {"dim": 64, "depth": 2, "head_channels": 2}),
     "unified_convnext_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),

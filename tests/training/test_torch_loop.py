@@ -208,6 +208,15 @@ def keeping_gradients(optimizer):
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small arrays: what PyTorch's threads would share is less than what they cost each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_ten_steps(name, monkeypatch):
     recipe = RECIPES[name]._replace(peak=RECIPES[name].peak * SLOWER)
