@@ -48,6 +48,7 @@ def get_config(arguments: str = ""):
     config.init_from = "" if given["checkpoint"] == "none" else given["checkpoint"]
     config.dataset.name = given["dataset"]
     config.dataset.path = given["path"]
+    config.dataset.decode = "fast"  # photos of small sets are often a camera's
     config.model.num_classes = given["classes"]
     config.model.image_size = given["image_size"] or info.image_size
     config.batch_size = given["batch_size"]

@@ -2,8 +2,7 @@
 
 | platform | shape | "auto" | "pallas" | why |
 |---|---|---|---|---|
-| TPU | fits into every core since v4 | kernel | kernel | see below |
-| TPU | fits into larger cores only | XLA | kernel | a program must compile wherever it is sent |
+| TPU | all but maps of thousands of columns | kernel | kernel | see below |
 | GPU | groups of 8, 16, 24 or 32 channels | XLA | kernel | not yet measured to be faster |
 | GPU | others | XLA | XLA | a lane moves 16 bytes, and holds a group in its registers |
 | CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |

@@ -10,6 +10,9 @@ all columns of the map, [W, 128] for each point, are computed once; every row of
 with its tents in y, and a product of matrices samples that row. Only rows are visited that the
 points of these places reach, from the first to the last, wherever the offsets lead: a point far
 away costs time, never accuracy.
+
+A map that does not fit into the vector memory of the smallest core is cut into bands of rows. Each
+band samples for all places, and what they find is added up.
 """
 
 import functools
@@ -32,10 +35,9 @@ def refusal(geometry: Sampling, *, every_core: bool) -> str | None:
 
     `every_core`: on every TPU since v4, not only on those with more vector memory.
     """
-    budget = BUDGETS[0 if every_core else -1]
-    if max(Kernel(geometry).vmem_bytes(backward) for backward in (False, True)) <= budget:
+    if Kernel(geometry).vmem_bytes() <= BUDGETS[0 if every_core else -1]:
         return None
-    return "its gradient does not fit into a core's vector memory"
+    return "the gradient of one row does not fit into a core's vector memory"
 
 
 class Kernel:
@@ -56,9 +58,13 @@ class Kernel:
             self.block = self.channels
         self.pairs = geometry.groups * geometry.points
         self.tiles = pl.cdiv(geometry.places, LANES)
+        self.band = geometry.height  # rows of the map in a program
+        while self.band > 1 and self.vmem_bytes() > BUDGETS[0]:
+            self.band = largest_divisor(geometry.height, self.band - 1)
+        self.bands = geometry.height // self.band
         registers = pl.cdiv(geometry.width, SUBLANES)
         # Tents are loaded once for so many rows, and their products' latencies overlap.
-        self.rows = largest_divisor(geometry.height, TOGETHER // registers)
+        self.rows = largest_divisor(self.band, TOGETHER // registers)
 
     # -------------------------------------------------------------------------- inside a program
 
@@ -76,10 +82,14 @@ class Kernel:
         """The numbers of the places of a program along an axis."""
         return tile * LANES + lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def points(self, offsets, masks, grid, group, tile):
+    def first_row(self):
+        """Of this program's band."""
+        return lax.rem(pl.program_id(0), self.bands) * self.band
+
+    def points(self, offsets, masks, grid, group, tile, start):
         """x, y and mask of a group's points, [P, 128] each, and the (first, end) they reach.
 
-        These count rows of the map, so many together as `rows` says.
+        These count rows of the band, which begins at `start`, so many together as `rows` says.
 
         Args:
           offsets: [2·G·P, 128], x and y in turn.
@@ -102,13 +112,14 @@ class Kernel:
         first = jnp.where(reached, top, geometry.height).min()
         end = jnp.where(reached, top + 2, 0.0).max()
         first, end = (jnp.clip(edge, 0, geometry.height).astype(jnp.int32) for edge in (first, end))
+        first, end = (jnp.clip(edge - start, 0, self.band) for edge in (first, end))
         return x, y, mask, (lax.div(first, self.rows), lax.div(end + self.rows - 1, self.rows))
 
-    def rows_of(self, step):
-        """(number, the same as a float) of the rows of a step."""
+    def rows_of(self, step, start):
+        """(number in the band, number in the map as a float) of the rows of a step."""
         for i in range(self.rows):
             row = step * self.rows + i
-            yield row, row.astype(jnp.float32)
+            yield row, (row + start).astype(jnp.float32)
 
     def columns(self):
         """The numbers of the map's columns, [W, 128]."""
@@ -133,21 +144,20 @@ class Kernel:
 
     # -------------------------------------------------------------------------- around a program
 
-    def vmem_bytes(self, backward: bool) -> int:
-        """What the blocks and scratch of a program take of a core's vector memory."""
+    def vmem_bytes(self) -> int:
+        """What the blocks and scratch of a program take of a core's vector memory, at most."""
         size, geometry = self.dtype.itemsize, self.geometry
         lanes, pixels = (
             round_up(self.channels, LANES),
-            geometry.height * round_up(geometry.width, 16),
+            self.band * round_up(geometry.width, 16),
         )
         numbers = round_up(2 * self.pairs, LANES) + round_up(self.pairs, LANES)
         tents = 4 * geometry.points * round_up(geometry.width, SUBLANES) * LANES
         tile = LANES * (2 * 4 * numbers + 2 * size * lanes) + 4 * LANES * (numbers + lanes)
-        if backward:
-            tile += LANES * (2 * 4 * numbers + 4 * numbers)
-            return pixels * lanes * (2 * size + 4) + 2 * tents + tile
-        turned = geometry.height * self.channels * round_up(geometry.width, LANES) * size
-        return pixels * lanes * size + turned + tents + tile
+        turned = self.band * self.channels * round_up(geometry.width, LANES) * size
+        forward = pixels * lanes * size + turned + tents + tile
+        tile += LANES * (2 * 4 * numbers + 4 * numbers)
+        return max(forward, pixels * lanes * (2 * size + 4) + 2 * tents + tile)
 
     def pack(self, x):
         """[..., G, C] → [..., channels], with padding."""
@@ -169,13 +179,33 @@ class Kernel:
         grid = geometry.offset_scale * geometry.grid() + geometry.centers()[0, 0][:, None]
         grid = jnp.asarray(grid, jnp.float32).swapaxes(1, 2)[..., None]  # [G, 2, P, 1]
         grid = jnp.broadcast_to(grid, (*grid.shape[:3], LANES))
-        value = self.pack(value)
+        value = self.pack(value).reshape(batch * self.bands, self.band, geometry.width, -1)
         return [
             (pl.BlockSpec(grid.shape, lambda image, tile: (0, 0, 0, 0)), grid),
             (_of_image(value), value),
-            (_of_places(2 * self.pairs), offsets.reshape(batch, geometry.places, -1)),
-            (_of_places(self.pairs), mask.reshape(batch, geometry.places, -1)),
+            (self.of_places(2 * self.pairs), offsets.reshape(batch, geometry.places, -1)),
+            (self.of_places(self.pairs), mask.reshape(batch, geometry.places, -1)),
         ]
+
+    def of_places(self, width: int):
+        """The places of a program, and so many numbers of each."""
+        return pl.BlockSpec(
+            (1, LANES, round_up(width, LANES)),
+            lambda band, tile: (lax.div(band, self.bands), tile, 0),
+        )
+
+    def output(self, batch: int, width: int, dtype):
+        """(block spec, shape) of so many numbers of each place; of every band, in float32."""
+        dtype = dtype if self.bands == 1 else jnp.float32
+        shape = jax.ShapeDtypeStruct((batch * self.bands, self.geometry.places, width), dtype)
+        block = (1, LANES, round_up(width, LANES))
+        return pl.BlockSpec(block, lambda band, tile: (band, tile, 0)), shape
+
+    def add_bands(self, x, dtype):
+        """[B·bands, places, numbers] → [B, places, numbers]"""
+        if self.bands == 1:
+            return x
+        return x.reshape(-1, self.bands, *x.shape[1:]).sum(1).astype(dtype)
 
     def number_scratch(self):
         """Offsets and masks of a program, with the places in the lanes."""
@@ -199,6 +229,7 @@ def _forward_kernel(
     grid, value, offsets, masks, out, turned, moved, weighed, result, tents, *, kernel
 ):
     geometry, count, tile = kernel.geometry, kernel.geometry.points, pl.program_id(1)
+    start = kernel.first_row()
 
     @pl.when(tile == 0)
     def _():
@@ -206,19 +237,19 @@ def _forward_kernel(
             turned[row] = value[0, row].astype(jnp.float32).T.astype(turned.dtype)
             return carry
 
-        lax.fori_loop(0, geometry.height, turn, 0)
+        lax.fori_loop(0, kernel.band, turn, 0)
 
     moved[...] = offsets[0].astype(jnp.float32).T
     weighed[...] = masks[0].astype(jnp.float32).T
 
     def per_group(group, carry):
-        x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile)
+        x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile, start)
         own, column = kernel.channels_of(group), kernel.columns()
         for point in range(count):
             tents[point] = tent(column - x[point : point + 1])
 
         def per_step(step, total):
-            for row, at in kernel.rows_of(step):
+            for row, at in kernel.rows_of(step, start):
                 down = mask * tent(at - y)
                 weights = down[0:1] * tents[0]
                 for point in range(1, count):
@@ -259,6 +290,7 @@ def _backward_kernel(
     kernel,
 ):
     geometry, count, tile = kernel.geometry, kernel.geometry.points, pl.program_id(1)
+    start = kernel.first_row()
 
     @pl.when(tile == 0)
     def _():
@@ -270,7 +302,7 @@ def _backward_kernel(
     turned_grad[...] = jnp.where(there, out_grad[0], 0).astype(jnp.float32).T
 
     def per_group(group, carry):
-        x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile)
+        x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile, start)
         block, column = kernel.block_of(group), kernel.columns()
         for point in range(count):
             tents[point] = tent(column - x[point : point + 1])
@@ -285,7 +317,7 @@ def _backward_kernel(
 
         def per_step(step, carry):
             by_mask, by_x, by_y = ([0.0] * count for _ in range(3))
-            for row, at in kernel.rows_of(step):
+            for row, at in kernel.rows_of(step, start):
                 down, down_slope = tent(at - y), slope(at, y)
                 masked = mask * down
                 weight_grads = kernel.dot(value[0, row, :, block], of_channels, ((1,), (0,)))
@@ -329,17 +361,12 @@ def _fold(x):
 
 
 def _of_image(array):
-    """A whole map. It is loaded once for many programs: no need to load while another is used."""
+    """A whole band, loaded once for many programs: no need to load while another is used."""
     return pl.BlockSpec(
         (1, *array.shape[1:]),
         lambda image, tile: (image, 0, 0, 0),
         pipeline_mode=pl.Buffered(1),
     )
-
-
-def _of_places(width: int):
-    """The places of a program, and so many numbers of each."""
-    return pl.BlockSpec((1, LANES, round_up(width, LANES)), lambda image, tile: (image, tile, 0))
 
 
 def _call(body, kernel: Kernel, inputs, outputs, scratch, *, interpret, name: str):
@@ -363,24 +390,23 @@ def _call(body, kernel: Kernel, inputs, outputs, scratch, *, interpret, name: st
 def forward(geometry: Sampling, value, offsets, mask, *, interpret: bool = False):
     """As `reference.deformable_sampling`."""
     kernel, batch = Kernel(geometry), len(value)
-    turned = (geometry.height, kernel.channels, geometry.width)
+    turned = (kernel.band, kernel.channels, geometry.width)
     scratch = [
         pltpu.VMEM(turned, value.dtype),
         *kernel.number_scratch(),
         pltpu.VMEM((round_up(kernel.channels, LANES), LANES), jnp.float32),
         pltpu.VMEM((geometry.points, geometry.width, LANES), jnp.float32),
     ]
-    shape = (batch, geometry.places, kernel.channels)
     (out,) = _call(
         _forward_kernel,
         kernel,
         kernel.inputs(value, offsets, mask),
-        [(_of_places(kernel.channels), jax.ShapeDtypeStruct(shape, value.dtype))],
+        [kernel.output(batch, kernel.channels, value.dtype)],
         scratch,
         interpret=interpret,
         name="deformable_sampling_forward",
     )
-    out = kernel.unpack(out)
+    out = kernel.unpack(kernel.add_bands(out, value.dtype))
     return out.reshape(batch, geometry.out_height, geometry.out_width, *out.shape[2:])
 
 
@@ -389,10 +415,12 @@ def backward(geometry: Sampling, value, offsets, mask, out_grad, *, interpret: b
     kernel, batch, places = Kernel(geometry), len(value), geometry.places
     inputs = kernel.inputs(value, offsets, mask)
     given = kernel.pack(out_grad).reshape(batch, places, -1)
-    whole = pl.BlockSpec((1, LANES, kernel.channels), lambda image, tile: (image, tile, 0))
+    whole = pl.BlockSpec(
+        (1, LANES, kernel.channels), lambda band, tile: (lax.div(band, kernel.bands), tile, 0)
+    )
     packed = jax.ShapeDtypeStruct(inputs[1][1].shape, value.dtype)
     numbers = [
-        jax.ShapeDtypeStruct((batch, places, kernel.pairs * parts), like.dtype)
+        kernel.output(batch, kernel.pairs * parts, like.dtype)
         for parts, like in ((2, offsets), (1, mask))
     ]
     tents = pltpu.VMEM((geometry.points, geometry.width, LANES), jnp.float32)
@@ -409,10 +437,11 @@ def backward(geometry: Sampling, value, offsets, mask, out_grad, *, interpret: b
         _backward_kernel,
         kernel,
         [*inputs, (whole, given)],
-        [(_of_image(packed), packed), *((_of_places(x.shape[2]), x) for x in numbers)],
+        [(_of_image(packed), packed), *numbers],
         scratch,
         interpret=interpret,
         name="deformable_sampling_backward",
     )
-    value_grad = kernel.unpack(value_grad)
-    return value_grad, offset_grad.reshape(offsets.shape), mask_grad.reshape(mask.shape)
+    value_grad = kernel.unpack(value_grad).reshape(value.shape)
+    offset_grad = kernel.add_bands(offset_grad, offsets.dtype).reshape(offsets.shape)
+    return value_grad, offset_grad, kernel.add_bands(mask_grad, mask.dtype).reshape(mask.shape)
