@@ -38,6 +38,8 @@ _WITHOUT_ARGUMENT = {
     "AutoContrast": ImageOps.autocontrast,
     "Equalize": ImageOps.equalize,
     "Invert": ImageOps.invert,
+    "FlipLeftRight": ImageOps.mirror,
+    "FlipTopBottom": ImageOps.flip,
 }
 _COLOUR = {
     "Posterize": _posterize,
@@ -58,8 +60,8 @@ _AFFINE = {  # Pillow's six numbers, from a place in the result to one in the ph
     "TranslateXPixels": lambda pixels, size: (1, 0, pixels, 0, 1, 0),
     "TranslateYPixels": lambda pixels, size: (1, 0, 0, 0, 1, pixels),
 }
-_GEOMETRIC = ("Rotate", *_AFFINE)
-_OPS = (*_WITHOUT_ARGUMENT, *_COLOUR, *_GEOMETRIC)
+_GEOMETRIC = ("FlipLeftRight", "FlipTopBottom", "Rotate", *_AFFINE)
+_OPS = tuple(dict.fromkeys((*_WITHOUT_ARGUMENT, *_COLOUR, *_GEOMETRIC)))
 
 
 def augment_op(
@@ -73,12 +75,13 @@ def augment_op(
 
     Args:
       photo: RGB.
-      name: AutoContrast, Equalize, Invert (no argument); Rotate (degrees, anticlockwise);
-        Posterize (bits kept, black for none); Solarize (threshold from which values are inverted);
-        SolarizeAdd (added to values below 128); Color, Contrast, Brightness, Sharpness (factor, 1
-        changes nothing; Color 0 is grey); Hue (turns, -0.5 to 0.5); GaussianBlur (radius in
-        pixels); ShearX, ShearY (shift per pixel); TranslateX, TranslateY (fraction of that side,
-        positive to the left or up) and the same with Pixels at the end.
+      name: AutoContrast, Equalize, Invert, FlipLeftRight, FlipTopBottom (no argument); Rotate
+        (degrees, anticlockwise); Posterize (bits kept, black for none); Solarize (threshold from
+        which values are inverted); SolarizeAdd (added to values below 128); Color, Contrast,
+        Brightness, Sharpness (factor, 1 changes nothing; Color 0 is grey); Hue (turns, -0.5 to
+        0.5); GaussianBlur (radius in pixels); ShearX, ShearY (shift per pixel); TranslateX,
+        TranslateY (fraction of that side, positive to the left or up) and the same with Pixels at
+        the end.
       *args: that argument.
       fill: RGB of places that come from outside of the photo; the default is ImageNet's mean.
       interpolation: filter of the geometric operations, "nearest", "bilinear" or "bicubic".
@@ -118,6 +121,10 @@ class Operation(NamedTuple):
     def source_of_pixels(self, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """(matrix [2, 2], offset [2]): a geometric operation shows at (x, y) what was at
         matrix·(x, y) + offset, in a photo of this width and height."""
+        if self.name == "FlipLeftRight":
+            return np.diag([-1.0, 1.0]), np.array([size[0], 0.0])
+        if self.name == "FlipTopBottom":
+            return np.diag([1.0, -1.0]), np.array([0.0, size[1]])
         if self.name == "Rotate":
             angle = math.radians(self.args[0])
             cos, sin = math.cos(angle), math.sin(angle)

@@ -83,11 +83,6 @@ def _load(file: str, image: str) -> np.ndarray:
     return found.to(torch.float16).numpy()
 
 
-def flip(label_map: np.ndarray, *, vertically: bool) -> np.ndarray:
-    """The map of a mirrored image."""
-    return label_map[:, :, ::-1] if vertically else label_map[..., ::-1]
-
-
 def move(label_map: np.ndarray, operation: Operation, photo_size: tuple[int, int]) -> np.ndarray:
     """The map [2, K, H, W] of an image after an operation: each cell takes the nearest one.
 

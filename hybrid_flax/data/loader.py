@@ -21,9 +21,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from hybrid_flax.data.augment import apply_operations, draw_interpolation, fill_colour
+from hybrid_flax.data.augment import (
+    Operation,
+    apply_operations,
+    draw_interpolation,
+    fill_colour,
+)
 from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop, rgb
-from hybrid_flax.data.label_maps import LabelMaps, flip, move
+from hybrid_flax.data.label_maps import LabelMaps, move
 from hybrid_flax.data.policies import Policy, parse_policy
 from hybrid_flax.data.repeated import Repeated
 from hybrid_flax.data.sources import Source
@@ -74,33 +79,31 @@ class TrainTransform:
         )
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        label_map, extra = None, {}
         if self.label_maps is None:
             found, photo, label = self._read(int(index), lambda photo: self._crop(photo, rng)[0])
+            photo = apply_operations(photo, self._draw(rng), fill=self.fill)
+            labels = {}
         else:
             found, photo, label = self._read(int(index))
-            label_map = self.label_maps.read(self.source.name(found))
-        for vertically, probability in ((False, self.flip), (True, self.vertical_flip)):
-            if probability and rng.random() < probability:
-                photo = photo.transpose(int(vertically))  # FLIP_LEFT_RIGHT or FLIP_TOP_BOTTOM
-                if label_map is not None:
-                    label_map = flip(label_map, vertically=vertically)
-        if self.policy:
-            operations = self.policy.draw(rng, self.interpolation)
+            label_map, operations = self.label_maps.read(self.source.name(found)), self._draw(rng)
+            for operation in operations:
+                label_map = move(label_map, operation, photo.size)
             photo = apply_operations(photo, operations, fill=self.fill)
-            if label_map is not None:
-                for operation in operations:
-                    label_map = move(label_map, operation, photo.size)
-        if label_map is not None:
             photo, crop = self._crop(photo, rng)
-            extra = {"label_map": np.ascontiguousarray(label_map), "crop": crop}
+            labels = {"label_map": label_map, "crop": crop}
         return {
             "image": np.asarray(photo),
             "label": np.int32(label),
             "index": np.int32(index),
             "unreadable": np.int32((found - index) % len(self.source)),
-            **extra,
+            **labels,
         }
+
+    def _draw(self, rng: np.random.Generator) -> list[Operation]:
+        """Flips, then what the policy does."""
+        flips = (("FlipLeftRight", self.flip), ("FlipTopBottom", self.vertical_flip))
+        drawn = [Operation(name) for name, probability in flips if rng.random() < probability]
+        return drawn + (self.policy.draw(rng, self.interpolation) if self.policy else [])
 
     def _crop(self, photo: Image.Image, rng: np.random.Generator):
         """(a random part of the photo, which part of it that is)"""
