@@ -11,8 +11,9 @@ with its tents in y, and a product of matrices samples that row. Only rows are v
 points of these places reach, from the first to the last, wherever the offsets lead: a point far
 away costs time, never accuracy.
 
-A map that does not fit into the vector memory of the smallest core is cut into bands of rows. Each
-band samples for all places, and what they find is added up.
+A row of more than 128 columns is several lines of 128. A map that does not fit into the vector
+memory of the smallest core is cut into bands of rows; each band samples for all places, and what
+they find is added up.
 """
 
 import functools
@@ -58,13 +59,15 @@ class Kernel:
             self.block = self.channels
         self.pairs = geometry.groups * geometry.points
         self.tiles = pl.cdiv(geometry.places, LANES)
+        self.lines = pl.cdiv(geometry.width, LANES)  # of a row
+        self.columns = geometry.width if self.lines == 1 else LANES  # of a line
         self.band = geometry.height  # rows of the map in a program
         while self.band > 1 and self.vmem_bytes() > BUDGETS[0]:
             self.band = largest_divisor(geometry.height, self.band - 1)
         self.bands = geometry.height // self.band
-        registers = pl.cdiv(geometry.width, SUBLANES)
+        registers = pl.cdiv(self.columns, SUBLANES)
         # Tents are loaded once for so many rows, and their products' latencies overlap.
-        self.rows = largest_divisor(self.band, TOGETHER // registers)
+        self.rows = largest_divisor(self.band, TOGETHER // registers) if self.lines == 1 else 1
 
     # -------------------------------------------------------------------------- inside a program
 
@@ -89,7 +92,8 @@ class Kernel:
     def points(self, offsets, masks, grid, group, tile, start):
         """x, y and mask of a group's points, [P, 128] each, and the (first, end) they reach.
 
-        These count rows of the band, which begins at `start`, so many together as `rows` says.
+        These count steps: lines of the band, which begins at row `start`, so many together as
+        `rows` says.
 
         Args:
           offsets: [2·G·P, 128], x and y in turn.
@@ -113,18 +117,24 @@ class Kernel:
         end = jnp.where(reached, top + 2, 0.0).max()
         first, end = (jnp.clip(edge, 0, geometry.height).astype(jnp.int32) for edge in (first, end))
         first, end = (jnp.clip(edge - start, 0, self.band) for edge in (first, end))
-        return x, y, mask, (lax.div(first, self.rows), lax.div(end + self.rows - 1, self.rows))
+        first, end = lax.div(first, self.rows), lax.div(end + self.rows - 1, self.rows)
+        return x, y, mask, (first * self.lines, end * self.lines)
 
-    def rows_of(self, step, start):
-        """(number in the band, number in the map as a float) of the rows of a step."""
+    def lines_of(self, step, start):
+        """(number in the band, which of its row, the row's number as a float) of a step's lines."""
         for i in range(self.rows):
-            row = step * self.rows + i
-            yield row, (row + start).astype(jnp.float32)
+            line = step * self.rows + i
+            row, part = line, 0
+            if self.lines > 1:
+                row, part = lax.div(line, self.lines), lax.rem(line, self.lines)
+            yield line, part, (row + start).astype(jnp.float32)
 
-    def columns(self):
-        """The numbers of the map's columns, [W, 128]."""
-        column = lax.broadcasted_iota(jnp.int32, (self.geometry.width, LANES), 0)
-        return column.astype(jnp.float32)
+    def for_columns(self, x, fill):
+        """Calls fill(line of a row, point, columns [columns, 128], x [1, 128]) for all."""
+        column = lax.broadcasted_iota(jnp.int32, (self.columns, LANES), 0).astype(jnp.float32)
+        for part in range(self.lines):
+            for point in range(self.geometry.points):
+                fill(part, point, column + float(part * LANES), x[point : point + 1])
 
     def channels_of(self, group):
         """The group's own channels."""
@@ -149,12 +159,12 @@ class Kernel:
         size, geometry = self.dtype.itemsize, self.geometry
         lanes, pixels = (
             round_up(self.channels, LANES),
-            self.band * round_up(geometry.width, 16),
+            self.band * self.lines * round_up(self.columns, 16),
         )
         numbers = round_up(2 * self.pairs, LANES) + round_up(self.pairs, LANES)
-        tents = 4 * geometry.points * round_up(geometry.width, SUBLANES) * LANES
+        tents = 4 * geometry.points * self.lines * round_up(self.columns, SUBLANES) * LANES
         tile = LANES * (2 * 4 * numbers + 2 * size * lanes) + 4 * LANES * (numbers + lanes)
-        turned = self.band * self.channels * round_up(geometry.width, LANES) * size
+        turned = self.band * self.lines * self.channels * LANES * size
         forward = pixels * lanes * size + turned + tents + tile
         tile += LANES * (2 * 4 * numbers + 4 * numbers)
         return max(forward, pixels * lanes * (2 * size + 4) + 2 * tents + tile)
@@ -179,7 +189,12 @@ class Kernel:
         grid = geometry.offset_scale * geometry.grid() + geometry.centers()[0, 0][:, None]
         grid = jnp.asarray(grid, jnp.float32).swapaxes(1, 2)[..., None]  # [G, 2, P, 1]
         grid = jnp.broadcast_to(grid, (*grid.shape[:3], LANES))
-        value = self.pack(value).reshape(batch * self.bands, self.band, geometry.width, -1)
+        value = self.pack(value)
+        if self.lines > 1:
+            gap = self.lines * LANES - geometry.width
+            value = jnp.pad(value, ((0, 0), (0, 0), (0, gap), (0, 0)))
+        shape = (batch * self.bands, self.band * self.lines, self.columns, self.channels)
+        value = value.reshape(shape)
         return [
             (pl.BlockSpec(grid.shape, lambda image, tile: (0, 0, 0, 0)), grid),
             (_of_image(value), value),
@@ -207,6 +222,9 @@ class Kernel:
             return x
         return x.reshape(-1, self.bands, *x.shape[1:]).sum(1).astype(dtype)
 
+    def tent_scratch(self):
+        return pltpu.VMEM((self.geometry.points, self.lines, self.columns, LANES), jnp.float32)
+
     def number_scratch(self):
         """Offsets and masks of a program, with the places in the lanes."""
         return [
@@ -233,28 +251,31 @@ def _forward_kernel(
 
     @pl.when(tile == 0)
     def _():
-        def turn(row, carry):  # [W, C] → [C, W]
-            turned[row] = value[0, row].astype(jnp.float32).T.astype(turned.dtype)
+        def turn(line, carry):  # [columns, C] → [C, columns]
+            turned[line] = value[0, line].astype(jnp.float32).T.astype(turned.dtype)
             return carry
 
-        lax.fori_loop(0, kernel.band, turn, 0)
+        lax.fori_loop(0, kernel.band * kernel.lines, turn, 0)
 
     moved[...] = offsets[0].astype(jnp.float32).T
     weighed[...] = masks[0].astype(jnp.float32).T
 
     def per_group(group, carry):
         x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile, start)
-        own, column = kernel.channels_of(group), kernel.columns()
-        for point in range(count):
-            tents[point] = tent(column - x[point : point + 1])
+        own = kernel.channels_of(group)
+
+        def fill(part, point, column, x):
+            tents[point, part] = tent(column - x)
+
+        kernel.for_columns(x, fill)
 
         def per_step(step, total):
-            for row, at in kernel.rows_of(step, start):
+            for line, part, at in kernel.lines_of(step, start):
                 down = mask * tent(at - y)
-                weights = down[0:1] * tents[0]
+                weights = down[0:1] * tents[0, part]
                 for point in range(1, count):
-                    weights += down[point : point + 1] * tents[point]
-                total += kernel.dot(turned[row, own], weights, ((1,), (0,)))
+                    weights += down[point : point + 1] * tents[point, part]
+                total += kernel.dot(turned[line, own], weights, ((1,), (0,)))
             return total
 
         zeros = jnp.zeros((kernel.depth, LANES), jnp.float32)
@@ -303,10 +324,13 @@ def _backward_kernel(
 
     def per_group(group, carry):
         x, y, mask, (first, end) = kernel.points(moved, weighed, grid, group, tile, start)
-        block, column = kernel.block_of(group), kernel.columns()
-        for point in range(count):
-            tents[point] = tent(column - x[point : point + 1])
-            slopes[point] = slope(column, x[point : point + 1])
+        block = kernel.block_of(group)
+
+        def fill(part, point, column, x):
+            tents[point, part] = tent(column - x)
+            slopes[point, part] = slope(column, x)
+
+        kernel.for_columns(x, fill)
         # Products take whole blocks of channels; those of other groups count as 0.
         of_places, of_channels = out_grad[0, :, block], turned_grad[block]
         there = kernel.places(tile, of_places.shape, 0) < geometry.places
@@ -317,20 +341,20 @@ def _backward_kernel(
 
         def per_step(step, carry):
             by_mask, by_x, by_y = ([0.0] * count for _ in range(3))
-            for row, at in kernel.rows_of(step, start):
+            for line, part, at in kernel.lines_of(step, start):
                 down, down_slope = tent(at - y), slope(at, y)
                 masked = mask * down
-                weight_grads = kernel.dot(value[0, row, :, block], of_channels, ((1,), (0,)))
+                weight_grads = kernel.dot(value[0, line, :, block], of_channels, ((1,), (0,)))
                 weights = jnp.zeros_like(weight_grads)
                 for point in range(count):
                     one = slice(point, point + 1)
-                    weights += masked[one] * tents[point]
-                    by_tent = _fold(weight_grads * tents[point])
-                    by_slope = _fold(weight_grads * slopes[point])
+                    weights += masked[one] * tents[point, part]
+                    by_tent = _fold(weight_grads * tents[point, part])
+                    by_slope = _fold(weight_grads * slopes[point, part])
                     by_mask[point] += down[one] * by_tent
                     by_x[point] += down[one] * by_slope
                     by_y[point] += down_slope[one] * by_tent
-                total[row, :, block] += kernel.dot(weights, of_places, ((1,), (0,)))
+                total[line, :, block] += kernel.dot(weights, of_places, ((1,), (0,)))
             for point, grads in enumerate(zip(by_mask, by_x, by_y, strict=True)):
                 for i, grad in enumerate(grads):
                     sums[i, point] += grad
@@ -390,12 +414,12 @@ def _call(body, kernel: Kernel, inputs, outputs, scratch, *, interpret, name: st
 def forward(geometry: Sampling, value, offsets, mask, *, interpret: bool = False):
     """As `reference.deformable_sampling`."""
     kernel, batch = Kernel(geometry), len(value)
-    turned = (kernel.band, kernel.channels, geometry.width)
+    turned = (kernel.band * kernel.lines, kernel.channels, kernel.columns)
     scratch = [
         pltpu.VMEM(turned, value.dtype),
         *kernel.number_scratch(),
         pltpu.VMEM((round_up(kernel.channels, LANES), LANES), jnp.float32),
-        pltpu.VMEM((geometry.points, geometry.width, LANES), jnp.float32),
+        kernel.tent_scratch(),
     ]
     (out,) = _call(
         _forward_kernel,
@@ -423,14 +447,13 @@ def backward(geometry: Sampling, value, offsets, mask, out_grad, *, interpret: b
         kernel.output(batch, kernel.pairs * parts, like.dtype)
         for parts, like in ((2, offsets), (1, mask))
     ]
-    tents = pltpu.VMEM((geometry.points, geometry.width, LANES), jnp.float32)
     scratch = [
         pltpu.VMEM(packed.shape[1:], jnp.float32),
         *kernel.number_scratch(),
         *kernel.number_scratch(),
         pltpu.VMEM((kernel.channels, LANES), jnp.float32),
-        tents,
-        tents,
+        kernel.tent_scratch(),
+        kernel.tent_scratch(),
         pltpu.VMEM((3, geometry.points, SUBLANES, LANES), jnp.float32),
     ]
     value_grad, offset_grad, mask_grad = _call(
@@ -442,6 +465,7 @@ def backward(geometry: Sampling, value, offsets, mask, out_grad, *, interpret: b
         interpret=interpret,
         name="deformable_sampling_backward",
     )
-    value_grad = kernel.unpack(value_grad).reshape(value.shape)
+    shape = (batch, geometry.height, kernel.lines * kernel.columns, kernel.channels)
+    value_grad = kernel.unpack(value_grad.reshape(shape)[:, :, : geometry.width])
     offset_grad = kernel.add_bands(offset_grad, offsets.dtype).reshape(offsets.shape)
     return value_grad, offset_grad, kernel.add_bands(mask_grad, mask.dtype).reshape(mask.shape)

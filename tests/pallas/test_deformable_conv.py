@@ -187,6 +187,7 @@ ODD = {
     "one pixel": Sampling(1, 1, 1, 1, 1, 1, 3, "float32"),
     "groups that fill no register": Sampling(5, 9, 5, 9, 10, 24, 3, "float32"),
     "groups of two registers": Sampling(5, 4, 5, 4, 2, 160, 3, "float32"),
+    "more columns than a register has lanes": Sampling(3, 140, 3, 140, 1, 8, 2, "float32"),
     "130 places": Sampling(10, 13, 10, 13, 1, 16, 3, "float32"),
 }
 
