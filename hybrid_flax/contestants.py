@@ -31,7 +31,7 @@ def recipe(loss: str) -> SimpleNamespace:
         seed=0,
         accumulation_steps=1,
         ema_decay=0.0,
-        model=SimpleNamespace(num_classes=CLASSES),
+        model=SimpleNamespace(num_classes=CLASSES, eval_mode=False),
         dataset=SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         augment=SimpleNamespace(
             mixup_alpha=0.0,
@@ -43,7 +43,11 @@ def recipe(loss: str) -> SimpleNamespace:
             erase_before_mix=False,
         ),
         loss=SimpleNamespace(
-            name=loss, label_smoothing=SMOOTHING, diversity=-0.8, dense_weight=0.5
+            name=loss,
+            label_smoothing=SMOOTHING,
+            diversity=-0.8,
+            dense_weight=0.5,
+            transposed_crops=False,
         ),
         optimizer=SimpleNamespace(
             name="adamw",
@@ -53,6 +57,10 @@ def recipe(loss: str) -> SimpleNamespace:
             weight_decay=WEIGHT_DECAY,
             decay_also=(),
             decay_never=(),
+            layer_decay=1.0,
+            freeze=(),
+            clip_adaptive=0.0,
+            clip_value=0.0,
             clip_norm=0.0,
         ),
     )

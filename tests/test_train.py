@@ -197,7 +197,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
             {"model__attention": "triton"},
             "model.attention='triton': expected one of 'auto', 'pallas', 'xla'",
         ),
-        ({"optimizer__name": "sgd"}, "optimizer.name='sgd': expected one of 'adamw', 'lamb'"),
+        ({"optimizer__name": "adam"}, "optimizer.name='adam': expected one of 'adamw', 'lamb', 's"),
         ({"optimizer__decay_also": ("(",)}, "decay_also=('(',): expected regular expressions"),
         ({"loss__name": "mse"}, "loss.name='mse': expected one of 'softmax'"),
         ({"batch_size": 100}, "batch_size=100 cannot be split evenly over 8 devices"),

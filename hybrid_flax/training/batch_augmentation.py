@@ -66,7 +66,8 @@ def mix(
     share = jnp.where(use_cutmix, 1 - area / (height * width), share)
 
     def each(values):  # a value of every group, for all of its images
-        return jnp.repeat(values, group, axis=0, total_repeat_length=batch)
+        shape = (groups, group, *values.shape[1:])
+        return jnp.broadcast_to(values[:, None], shape).reshape(batch, *values.shape[1:])
 
     inside = each(rows)[:, :, None, None] & each(columns)[:, None, :, None]
     of_pixel = jnp.where(
