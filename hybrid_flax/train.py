@@ -12,12 +12,11 @@ import jax
 import ml_collections
 import numpy as np
 from clu.parameter_overview import get_parameter_overview
-from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_flax import bridge
 from hybrid_flax.checkpoints import Checkpoints
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.config import check, resolve_classes
 from hybrid_flax.data.loader import (
     Batch,
     EvalTransform,
@@ -31,11 +30,10 @@ from hybrid_flax.distributed.preemption import StopSignal
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
 from hybrid_flax.init_from import initial_weights
+from hybrid_flax.program import training_program
 from hybrid_flax.training.metrics import MetricWriter, draw_curves
-from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.progress import Progress
-from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
-from hybrid_flax.training.step import make_eval_step, make_train_step, new_state, weights_of
+from hybrid_flax.training.step import make_eval_step, weights_of
 from hybrid_flax.workdir import Workdir, to_plain
 
 
@@ -67,32 +65,16 @@ def _train(
     train_source: Source,
     val_source: Source,
 ) -> int:
-    # --------------------------------------------------------------- model, optimizer, both steps
+    # ------------------------------------------------------------------- the data, both steps
     transform = TrainTransform.from_config(config, train_source)
     steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     eval_every = config.eval.every_epochs * steps_per_epoch
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    peak = peak_learning_rate(config.optimizer, config.batch_size)
-    schedule = make_schedule(config.schedule, peak, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    mix_until = config.augment.mix_off_epoch * steps_per_epoch or None
-    train_step = make_train_step(
-        bridge.as_training_function(model),
-        optimizer,
-        schedule,
-        config,
-        mesh,
-        mix_until,
-    )
+    model, train_step, begin, template = training_program(config, mesh, steps_per_epoch)
     eval_step = make_eval_step(bridge.as_function(model), config, mesh)
 
     # --------------------------------------------------------- continue this run, or begin it
-    def begin(weights):
-        return new_state(weights, optimizer, config.ema_decay)
-
     checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    template = jax.eval_shape(begin, bridge.get_weights(model))
     restored = checkpoints.restore(template)
     if restored:
         check_same_data(train_source, restored[2].get("data", {}), restored[0])

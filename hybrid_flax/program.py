@@ -1,0 +1,48 @@
+"""What a config asks to be run at every step: by `train.py`, or compiled by `plan.py`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+
+from hybrid_flax import bridge
+from hybrid_flax.config import build_model
+from hybrid_flax.training.optimizers import make_optimizer
+from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
+from hybrid_flax.training.step import State, make_train_step, new_state
+
+
+class Program(NamedTuple):
+    """A training run without its data."""
+
+    model: nnx.Module  # abstract
+    train_step: Callable[..., Any]  # see `make_train_step`
+    begin: Callable[[Any], State]  # from initial weights to the state before the first step
+    state: State  # its shapes and dtypes
+
+
+def training_program(
+    config: ml_collections.ConfigDict, mesh: Mesh, steps_per_epoch: int
+) -> Program:
+    """Builds the program of a checked config whose number of classes is known; compiles nothing."""
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    peak = peak_learning_rate(config.optimizer, config.batch_size)
+    schedule = make_schedule(config.schedule, peak, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    train_step = make_train_step(
+        bridge.as_training_function(model),
+        optimizer,
+        schedule,
+        config,
+        mesh,
+        mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
+    )
+
+    def begin(weights):
+        return new_state(weights, optimizer, config.ema_decay)
+
+    state = jax.eval_shape(begin, bridge.get_weights(model))
+    return Program(model, train_step, begin, state)
