@@ -87,6 +87,7 @@ def get_config(arguments: str = ""):
         config.augment.crop_scale = (0.6, 1.0)
         config.augment.flip = 0.0
         config.augment.auto_augment = ""
+        config.augment.colour_jitter = (0.0,) * 4
         config.eval.crop_fraction = 1.0
     if given["probe"]:
         _probe(config)
@@ -105,4 +106,5 @@ def _probe(config):
     config.ema_decay = 0.0
     config.loss = {"name": "softmax", "label_smoothing": 0.0}  # in evaluation all give logits
     config.augment.auto_augment = ""
+    config.augment.colour_jitter = (0.0,) * 4
     config.augment.erasing_probability = 0.0

@@ -76,7 +76,9 @@ def _picture(transform: TrainTransform, seed: int) -> Image.Image:
         left, top = column * _TILE, row * (_TILE + _CAPTION)
         picture.paste(Image.fromarray(pixels).resize((_TILE - 2, _TILE - 2)), (left, top))
         names = transform.source.class_names
-        caption = f"{label} {names[label]}" if names else str(label)
+        caption = str(label)
+        if names and names[label] != caption:
+            caption += f" {names[label]}"
         caption = caption.encode("latin-1", "replace").decode("latin-1")  # the font has no more
         draw.text((left + 1, top + _TILE - 2), caption[:26], fill="black")
     return picture
