@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import hybrid_flax.program
 import hybrid_flax.train
 from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.data.sources import source_of
@@ -83,10 +84,10 @@ def test_running_a_finished_run_shows_its_result(finished, capsys):
 def test_a_stop_signal_saves_and_the_same_command_continues(
     finished, tmp_path, monkeypatch, capsys, number
 ):
-    make = hybrid_flax.train.make_train_step
+    make = hybrid_flax.program.make_train_step
 
-    def make_with_signal(*args):
-        step = make(*args)
+    def make_with_signal(*args, **kwargs):
+        step = make(*args, **kwargs)
 
         def stepping(state, batch):
             if int(state["step"]) == 7:
@@ -96,7 +97,7 @@ def test_a_stop_signal_saves_and_the_same_command_continues(
         return stepping
 
     with monkeypatch.context() as patch:
-        patch.setattr(hybrid_flax.train, "make_train_step", make_with_signal)
+        patch.setattr(hybrid_flax.program, "make_train_step", make_with_signal)
         assert train(tiny.config(), str(tmp_path)) == 128 + number
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 8
     assert f"stopped by {number.name}; step 8 is saved" in capsys.readouterr().out

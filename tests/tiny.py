@@ -14,6 +14,7 @@ import ml_collections
 
 import hybrid_flax.train
 from configs import quickstart
+from hybrid_flax import program
 
 
 def config(**overrides) -> ml_collections.ConfigDict:
@@ -83,8 +84,8 @@ def main() -> int:
         return batches
 
     def count_down(original):
-        def make(*args):
-            step = original(*args)
+        def make(*args, **kwargs):
+            step = original(*args, **kwargs)
 
             def counted(state, batch):
                 if int(state["step"]) == options.kill_at:
@@ -98,7 +99,7 @@ def main() -> int:
     if options.order:
         train.train_batches = record(train.train_batches)
     if options.kill_at is not None:
-        train.make_train_step = count_down(train.make_train_step)
+        program.make_train_step = count_down(program.make_train_step)
     if options.kill_in == "evaluate":
         train.evaluate = kill
     if options.kill_in == "save":
