@@ -21,7 +21,7 @@ from hybrid_flax import bridge, cli
 from hybrid_flax.checkpoints import load_weights
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import EvalTransform, eval_batches
-from hybrid_flax.data.sources import Source, open_source
+from hybrid_flax.data.sources import Source, source_of
 from hybrid_flax.distributed.mesh import (
     batch_sharded,
     make_mesh,
@@ -132,9 +132,7 @@ def main(
     config = ml_collections.ConfigDict(config)
     check(config)
     mesh = make_mesh()
-    train, val = (
-        open_source(config.dataset.name, config.dataset.path, split) for split in ("train", "val")
-    )
+    train, val = (source_of(config.dataset, split) for split in ("train", "val"))
     _check(neighbours, temperature, len(train))  # before the minutes that features take
     resolve_classes(config, train)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
