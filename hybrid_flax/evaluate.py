@@ -19,7 +19,7 @@ from hybrid_flax.checkpoints import check_same, load_weights
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import EvalTransform, eval_batches
 from hybrid_flax.data.sources import source_of
-from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, replicated, round_up, to_devices
 from hybrid_flax.training.step import make_eval_step
 
 
@@ -44,7 +44,7 @@ def evaluate(
       `should_stop` said so.
     """
     # Any batch size will do: rows are added, and masked, until it splits over the devices.
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    batch_size = round_up(config.eval.batch_size, mesh)
     sums = {name: dict.fromkeys(("top1", "top5", "loss", "images"), 0.0) for name in weights}
     batches = eval_batches(transform, batch_size=batch_size, num_workers=config.dataset.num_workers)
     with contextlib.closing(batches):

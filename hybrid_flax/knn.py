@@ -27,6 +27,7 @@ from hybrid_flax.distributed.mesh import (
     make_mesh,
     on_mesh,
     replicated,
+    round_up,
     to_devices,
 )
 from hybrid_flax.errors import InputError
@@ -106,10 +107,9 @@ def extract(
     feature_step, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
     """(features, labels) of a source's readable images, in evaluation crops."""
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     batches = eval_batches(
         EvalTransform.from_config(config, source),
-        batch_size=batch_size,
+        batch_size=round_up(config.eval.batch_size, mesh),
         num_workers=config.dataset.num_workers,
     )
     features, labels = [], []

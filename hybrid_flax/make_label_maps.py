@@ -26,8 +26,15 @@ from hybrid_flax.checkpoints import check_same, load_weights
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.label_maps import label_map_file
 from hybrid_flax.data.loader import EvalTransform, eval_batches
-from hybrid_flax.data.sources import source_of
-from hybrid_flax.distributed.mesh import batch_sharded, make_mesh, on_mesh, replicated, to_devices
+from hybrid_flax.data.sources import Subset, source_of
+from hybrid_flax.distributed.mesh import (
+    batch_sharded,
+    make_mesh,
+    on_mesh,
+    replicated,
+    round_up,
+    to_devices,
+)
 from hybrid_flax.errors import InputError
 from hybrid_flax.training.batch_augmentation import normalise
 
@@ -68,8 +75,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
     print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
     annotate = _annotating_step(bridge.as_function(model), config, mesh)
     batches = eval_batches(
-        EvalTransform.from_config(config, _Chosen(source, missing)),
-        batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
+        EvalTransform.from_config(config, Subset(source, missing)),
+        batch_size=round_up(config.eval.batch_size, mesh),
         num_workers=config.dataset.num_workers,
     )
     with contextlib.closing(batches), tqdm(total=len(missing), unit="image") as bar:
@@ -99,20 +106,6 @@ def _annotating_step(apply, config: ml_collections.ConfigDict, mesh):
         in_shardings=(replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
     )
-
-
-class _Chosen:
-    """Some images of a source."""
-
-    def __init__(self, source, indices: list[int]):
-        self.num_classes = source.num_classes
-        self._source, self._indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int):
-        return self._source[self._indices[index]]
 
 
 def _save(label_map: np.ndarray, file: str) -> None:

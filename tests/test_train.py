@@ -14,7 +14,7 @@ import hybrid_flax.program
 import hybrid_flax.train
 from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.data.sources import source_of
-from hybrid_flax.data.sources.part import Part
+from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.train import train
 from hybrid_flax.training.metrics import read_metrics
@@ -253,7 +253,7 @@ def test_the_work_directory_of_another_run_is_refused(finished):
 
 def test_a_dataset_that_shrank_since_the_checkpoint_is_refused(finished, monkeypatch):
     def shrunk(dataset, split):
-        return Part(source_of(dataset, split), ":1400", split)
+        return part_of(source_of(dataset, split), ":1400", split)
 
     monkeypatch.setattr(hybrid_flax.train, "source_of", shrunk)
     before = Checkpoints(finished / "checkpoints").steps()

@@ -56,6 +56,11 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     }
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The next batch size that splits evenly over the devices, where any will do."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
     """Raises InputError unless the batch splits evenly over devices and micro-batches."""
     pieces = mesh.size * accumulation_steps

@@ -15,7 +15,7 @@ from hybrid_flax.data.sources.base import (
 from hybrid_flax.data.sources.digits import Digits
 from hybrid_flax.data.sources.files import ImageFolder, ListFiles
 from hybrid_flax.data.sources.memory import InMemory
-from hybrid_flax.data.sources.part import Part, split_name
+from hybrid_flax.data.sources.part import Subset, part_of, split_name
 from hybrid_flax.data.sources.tables import HuggingFace
 from hybrid_flax.data.sources.tars import TarShards
 from hybrid_flax.data.sources.tfds import TfdsSource
@@ -24,6 +24,7 @@ __all__ = [
     "Encoded",
     "EncodedSource",
     "Source",
+    "Subset",
     "check_same_data",
     "fingerprint",
     "open_source",
@@ -61,7 +62,7 @@ def open_source(
         base, part = split_name(wanted)
         train, _ = split_name(train_split)
         source = _OURS[name](path, base, train, index)
-        source = Part(source, part, wanted) if part else source
+        source = part_of(source, part, wanted) if part else source
     else:
         source = TfdsSource(name, path, wanted)
     return InMemory(source) if cache else source

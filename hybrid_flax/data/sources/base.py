@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
     data: bytes
     label: int
-    name: str  # for messages
+    name: str  # a path, or where in a file it is: for messages, and to find label maps
 
 
 class EncodedSource:

@@ -1,6 +1,7 @@
 """A part of a split, by a slice as TFDS writes it: `train[:90%]`, `train[5000:]`."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,29 +20,41 @@ def split_name(text: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-class Part(EncodedSource):
-    """A slice of another source, in a random order that is always the same.
+class Subset(EncodedSource):
+    """Some images of another source."""
 
-    In that order, because files are sorted by class: so `train[:90%]` and `train[90%:]` share out
-    the images, and both have all classes.
-    """
-
-    def __init__(self, source: EncodedSource, part: str, name: str):
-        count = len(source)
-        begin, end = (_place(text, count) for text in part.split(":"))
-        order = np.random.RandomState(0).permutation(count)
-        self._chosen = np.sort(order[slice(begin, end)])
-        if not len(self._chosen):
-            raise InputError(f"the split {name!r} is empty: there are {count} images in all")
-        self._source = source
+    def __init__(self, source: EncodedSource, chosen: Sequence[int]):
+        self._source, self._chosen = source, np.asarray(chosen, np.int64)
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.labels = source.labels[self._chosen]
+        if source.labels is not None:
+            self.labels = source.labels[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._chosen[index]))
 
     def read(self, index: int) -> Encoded:
         return self._source.read(int(self._chosen[index]))
+
+
+def part_of(source: EncodedSource, part: str, name: str) -> Subset:
+    """A slice of a source, in a random order that is always the same.
+
+    In that order, because files are sorted by class: so `train[:90%]` and `train[90%:]` share out
+    the images, and both have all classes.
+
+    Raises:
+      InputError: the slice, of the split called `name`, is empty.
+    """
+    count = len(source)
+    begin, end = (_place(text, count) for text in part.split(":"))
+    order = np.random.RandomState(0).permutation(count)
+    chosen = np.sort(order[slice(begin, end)])
+    if not len(chosen):
+        raise InputError(f"the split {name!r} is empty: there are {count} images in all")
+    return Subset(source, chosen)
 
 
 def _place(text: str, count: int) -> int | None:
