@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     """The modules that have kernels for a geometry."""
 
     tpu: ModuleType
-    gpu: ModuleType | None
+    gpu: ModuleType
 
 
 class Choice(NamedTuple):
@@ -53,7 +53,7 @@ def choose(implementation: str, platform: str, geometry: Hashable, kernels: Kern
     if implementation == "xla":
         return Choice(None, "asked for")
     automatic = implementation == "auto"
-    if platform == "cuda" and kernels.gpu:
+    if platform == "cuda":
         refusal = kernels.gpu.refusal(geometry)
         if refusal or automatic:
             return Choice(None, refusal or "the kernel is not yet measured to be faster")

@@ -142,7 +142,7 @@ def _bytes_moved(geometry, name: str, shapes, chip: str) -> dict:
 def compile_for_gpu(geometry: Geometry, batch: int) -> dict:
     """Compiles both passes, or says why there is no kernel."""
     module = kernels(geometry).gpu
-    if refusal := module.refusal(geometry) if module else "there is no kernel for GPUs":
+    if refusal := module.refusal(geometry):
         return {"refused": refusal}
     shapes = argument_shapes(geometry, batch)
     ours = passes(lambda *a: module.forward(geometry, *a), lambda *a: module.backward(geometry, *a))
