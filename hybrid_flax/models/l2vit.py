@@ -315,11 +315,7 @@ class L2ViT(nnx.Module):
 
         Raises InputError for a model built with `detection=True`, which has no classifier.
         """
-        if self.detection:
-            raise InputError(
-                "this L2ViT was built with detection=True and has no classifier: call "
-                "features(images), or build it with detection=False"
-            )
+        self._check_classifier()
         return self.intermediates(images, train=train, key=key)["logits"]
 
     def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
@@ -331,8 +327,19 @@ class L2ViT(nnx.Module):
         return [maps[f"out{i}" if self.detection else f"stage{i}"] for i in range(1, 5)]
 
     def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32."""
+        """The logits of each place of the last map, whose mean is the image's; float32.
+
+        Raises InputError as `__call__` does.
+        """
+        self._check_classifier()
         return self.head(self.intermediates(images)["norm"])
+
+    def _check_classifier(self):
+        if self.detection:
+            raise InputError(
+                "this L2ViT was built with detection=True and has no classifier: call "
+                "features(images), or build it with detection=False"
+            )
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None

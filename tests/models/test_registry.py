@@ -1,6 +1,7 @@
 """What holds for every registered model, and the registry's and the bridge's own behaviour."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +100,21 @@ def test_classifiers_are_known_by_their_name():
     assert bridge.is_classifier("params/head/bias")
     assert bridge.is_classifier("ema/params/heads/2/classifier/kernel")
     assert not bridge.is_classifier("params/stages/0/blocks/0/mlp/fc1/kernel")
+
+
+@pytest.mark.parametrize("name", ["gcvit_xxt", "l2vit_t", "glnet_stl", "unified_pvt_micro"])
+def test_every_place_of_the_last_map_has_logits(name):
+    model = bridge.abstract(lambda: hybrid_flax.create_model(name, num_classes=7))
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    dense = jax.eval_shape(functools.partial(apply, method="dense_logits"), weights, images)
+    assert (dense.shape, dense.dtype) == ((2, 7, 7, 7), jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["l2vit_t", "unified_pvt_micro"])
+def test_a_trunk_has_no_logits_of_places(name):
+    model = bridge.abstract(lambda: hybrid_flax.create_model(name, detection=True))
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    with pytest.raises(ValueError, match="built with detection=True and has no classifier"):
+        jax.eval_shape(functools.partial(apply, method="dense_logits"), weights, images)

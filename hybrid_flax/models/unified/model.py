@@ -234,11 +234,7 @@ class Unified(nnx.Module):
 
         Raises InputError for a size that does not fit, and always with `detection=True`.
         """
-        if self.variant.detection:
-            raise InputError(
-                "this model was built with detection=True and has no classifier: call "
-                "features(images)"
-            )
+        self._check_classifier()
         return self.intermediates(images, train=train, key=key)["logits"]
 
     def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
@@ -248,8 +244,19 @@ class Unified(nnx.Module):
         return [maps[f"{label}{i}"] for i in range(1, 5)]
 
     def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32."""
+        """The logits of each place of the last map, whose mean is the image's; float32.
+
+        Raises InputError as `__call__` does.
+        """
+        self._check_classifier()
         return self.head(self.intermediates(images)["conv_head"])
+
+    def _check_classifier(self):
+        if self.variant.detection:
+            raise InputError(
+                "this model was built with detection=True and has no classifier: call "
+                "features(images)"
+            )
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
