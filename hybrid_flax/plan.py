@@ -10,19 +10,13 @@ foretold: a compiler does not know it.
 """
 
 import collections
-import contextlib
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import re
 import time
 from typing import Any, NamedTuple
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX would look for a TPU
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
@@ -124,15 +118,14 @@ def plan(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
         "memory": target.memory,
         "versions": versions(),
     }
-    with _quiet():
-        try:
-            compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
-                raise
-            scale = GIB if needed[2] == "G" else 2**20
-            return found | {"fits": False, "peak_bytes": round(float(needed[1]) * scale)}
+    try:
+        compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        scale = GIB if needed[2] == "G" else 2**20
+        return found | {"fits": False, "peak_bytes": round(float(needed[1]) * scale)}
     memory = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -250,17 +243,6 @@ def _kernels(calls, platform: str) -> dict[str, int]:
     return dict(collections.Counter("kernel" if c.kernel else f"XLA: {c.why}" for c in chosen))
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without the compilers' warnings about machines that are not here."""
-    level = logging.getLogger("jax").level
-    logging.getLogger("jax").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger("jax").setLevel(level)
-
-
 # ------------------------------------------------------------------------------------- for a person
 
 
@@ -299,6 +281,8 @@ def show(found: dict[str, Any]) -> str:
 
 def main(config: ml_collections.ConfigDict, options) -> int:
     """Plans, prints, and writes the figures if asked; 1 if the step does not fit."""
+    jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
     target = find_target(options.topology or "")
     found = plan(config, target)
     print(show(found))
