@@ -92,7 +92,7 @@ def make_train_step(
             model_key,
             config.accumulation_steps,
         )
-        if config.optimizer.freeze:  # they count neither for the norm nor for the clipping
+        if config.optimizer.freeze:  # they do not count for the norm, and need not be computed
             learns = trainable(grads, config.optimizer)
             grads = jax.tree.map(lambda g, yes: g if yes else jnp.zeros_like(g), grads, learns)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
