@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from hybrid_flax.bridge import flatten, unflatten
 from hybrid_flax.errors import InputError, TrainingError
@@ -220,6 +221,11 @@ def _context() -> ocp.Context:
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
     context = ocp.Context()
+    # Of several processes only the one that has the folder comes here: Orbax would wait for all.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    # Orbax 0.12.8 does so even then, to compare the folder's name.
+    execution._check_directory_consistency = lambda directory: None
     context.checkpointables.registry = registry
     return context
 

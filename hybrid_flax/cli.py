@@ -1,6 +1,8 @@
 """What the command-line programs share: flags, and errors that a user can read."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import ml_collections
@@ -8,15 +10,21 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
 
 
 def run(
-    main: Callable[[ml_collections.ConfigDict, str], int | None], *, needs_workdir: bool = True
+    main: Callable[[ml_collections.ConfigDict, str], int | None],
+    *,
+    needs_workdir: bool = True,
+    in_parallel: bool = False,
 ) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
 
-    Without `needs_workdir` the latter may be missing, and is "" then.
+    Without `needs_workdir` the latter may be missing, and is "" then. With `in_parallel` it may
+    run as several processes, on one or many hosts: they are joined before `main`, only the first
+    prints, and an error of one ends all.
 
     Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
     stop.
@@ -25,6 +33,8 @@ def run(
         "config", None, "Config file, such as configs/gcvit_b.py; fields: --config.optimizer.…=…"
     )
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    if in_parallel:
+        _define_process_flags()
 
     def program(arguments: list[str]) -> int | None:
         absl_logging.set_verbosity(absl_logging.WARNING)
@@ -34,12 +44,44 @@ def run(
             config = _config(config_flag)
             if needs_workdir and not workdir_flag.value:
                 raise InputError("--workdir is missing")
+            if in_parallel:
+                _join()
             return main(config, workdir_flag.value or "")
         except (InputError, TrainingError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, InputError) else 1
+            code = 2 if isinstance(error, InputError) else 1
+            _say(str(error))
+            return processes.leave(code, str(error)) if processes.several() else code
+        except Exception as error:
+            if not processes.several():
+                raise
+            traceback.print_exc()
+            _say(repr(error))
+            processes.leave(1, repr(error))
 
     app.run(program, flags_parser=_parse_flags)
+
+
+def _define_process_flags() -> None:
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; only without a cluster.")
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_integer(
+        "peer_timeout", 60, "Seconds of silence after which a process counts as gone, and all stop."
+    )
+
+
+def _join() -> None:
+    given = flags.FLAGS
+    processes.start(
+        given.coordinator, given.num_processes, given.process_id, timeout=given.peer_timeout
+    )
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # one log; errors and warnings go elsewhere
+
+
+def _say(error: str) -> None:
+    whose = f"{processes.name()}: " if processes.several() else ""
+    print(f"{whose}error: {error}", file=sys.stderr)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

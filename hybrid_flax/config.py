@@ -10,6 +10,7 @@ import ml_collections
 from flax import nnx
 
 import hybrid_flax
+from hybrid_flax import bridge
 from hybrid_flax.data.images import FILTERS
 from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.sources import Source
@@ -59,6 +60,7 @@ _CHECKS = {
     "model.name": _one_of(*hybrid_flax.list_models()),
     "model.dtype": _one_of("bfloat16", "float32"),
     "model.attention": _one_of(*IMPLEMENTATIONS),
+    "model.remat": _one_of(*bridge.REMAT),
     "model.drop_path": _below_one,
     "model.num_classes": _above(-1),
     "model.batch_norm_group": _above(-1),
@@ -117,6 +119,10 @@ _CHECKS = {
     "eval.crop_fraction": (lambda value: 0 < value <= 1, "a number above 0, up to 1"),
     "eval.crop_mode": _one_of("center", "squash"),
     "eval.interpolation": _one_of(*FILTERS),
+    "on_non_finite": _one_of("stop", "skip", "roll_back"),
+    "non_finite_limit": _above(-1),
+    "mesh.num_slices": _above(-1),
+    "sharding.optimizer_over_data": _one_of(False, True),
     "checkpoint.every_steps": _above(0),
     "checkpoint.keep": _above(0),
 }

@@ -19,7 +19,8 @@ from hybrid_flax.checkpoints import check_same, load_weights
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import EvalTransform, eval_batches
 from hybrid_flax.data.sources import source_of
-from hybrid_flax.distributed.mesh import make_mesh, replicated, round_up, to_devices
+from hybrid_flax.distributed.mesh import local_rows, make_mesh, replicated, round_up, to_devices
+from hybrid_flax.distributed.transfer import place
 from hybrid_flax.training.step import make_eval_step
 
 
@@ -46,7 +47,12 @@ def evaluate(
     # Any batch size will do: rows are added, and masked, until it splits over the devices.
     batch_size = round_up(config.eval.batch_size, mesh)
     sums = {name: dict.fromkeys(("top1", "top5", "loss", "images"), 0.0) for name in weights}
-    batches = eval_batches(transform, batch_size=batch_size, num_workers=config.dataset.num_workers)
+    batches = eval_batches(
+        transform,
+        batch_size=batch_size,
+        num_workers=config.dataset.num_workers,
+        rows=local_rows(batch_size, mesh),
+    )
     with contextlib.closing(batches):
         for batch in batches:
             if should_stop():
@@ -82,7 +88,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Evaluates the newest intact checkpoint of a work directory and prints the result."""
     config = ml_collections.ConfigDict(config)
     check(config)
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     source = source_of(config.dataset, "val")
     resolve_classes(config, source)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
@@ -93,7 +99,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
         if arrays:
             check_same(arrays, bridge.flatten(template), f"the checkpoint in {workdir}")
             tree = bridge.unflatten_like(template, arrays)
-            weights[name] = jax.device_put(tree, replicated(mesh))
+            weights[name] = place(tree, replicated(mesh))
     results = evaluate(
         make_eval_step(bridge.as_function(model), config, mesh),
         weights,
@@ -107,4 +113,4 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, in_parallel=True)

@@ -13,6 +13,7 @@ from hybrid_flax.checkpoints import load_weights
 from hybrid_flax.class_map import read_class_map, select_classes
 from hybrid_flax.config import build_model
 from hybrid_flax.distributed.mesh import replicated
+from hybrid_flax.distributed.transfer import place
 from hybrid_flax.errors import InputError
 from hybrid_flax.fitting import fit
 
@@ -53,7 +54,7 @@ def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, 
         weights = select_classes(weights, rows)
         print(f"the classifier keeps {len(rows)} classes by {config.init_class_map}")
     flat = fit(weights, bridge.flatten(start), origin)
-    return jax.device_put(bridge.unflatten_like(start, flat), replicated(mesh))
+    return place(bridge.unflatten_like(start, flat), replicated(mesh))
 
 
 def _load(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], str]:

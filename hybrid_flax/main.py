@@ -8,4 +8,4 @@ from hybrid_flax import cli
 from hybrid_flax.train import train
 
 if __name__ == "__main__":
-    cli.run(train)
+    cli.run(train, in_parallel=True)

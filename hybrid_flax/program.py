@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from hybrid_flax import bridge
 from hybrid_flax.config import build_model
+from hybrid_flax.distributed.rules import state_shardings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
-from hybrid_flax.training.step import State, make_train_step, new_state
+from hybrid_flax.training.step import Shardings, State, make_train_step, new_state
 
 
 class Program(NamedTuple):
@@ -22,6 +23,24 @@ class Program(NamedTuple):
     train_step: Callable[..., Any]  # see `make_train_step`
     begin: Callable[[Any], State]  # from initial weights to the state before the first step
     state: State  # its shapes and dtypes
+    shardings: State  # and where its arrays lie
+
+
+class CompiledOnce:
+    """A step that is compiled at its first call, for those arguments and no others.
+
+    A later call with another shape, dtype or sharding is an error that names it: under `jit` it
+    would compile again, minutes that nobody sees.
+    """
+
+    def __init__(self, step: Any):
+        self._step = step
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments):
+        if self._compiled is None:
+            self._compiled = self._step.lower(*arguments).compile()
+        return self._compiled(*arguments)
 
 
 def training_program(
@@ -32,17 +51,28 @@ def training_program(
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
-    train_step = make_train_step(
-        bridge.as_training_function(model),
-        optimizer,
-        schedule,
-        config,
-        mesh,
-        mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
-    )
 
     def begin(weights):
         return new_state(weights, optimizer, config.ema_decay)
 
     state = jax.eval_shape(begin, bridge.get_weights(model))
-    return Program(model, train_step, begin, state)
+    shardings = _shardings(state, config, mesh)
+    train_step = make_train_step(
+        bridge.as_training_function(model, config.model.remat),
+        optimizer,
+        schedule,
+        config,
+        mesh,
+        mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
+        shardings=shardings,
+    )
+    return Program(model, train_step, begin, state, shardings.state)
+
+
+def _shardings(state: State, config: ml_collections.ConfigDict, mesh: Mesh) -> Shardings:
+    whole = state_shardings(state, mesh, **config.sharding)
+    if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
+        return Shardings(whole, None)
+    # Gradients lie where the optimizer's moments of the same parameters do.
+    moments = state_shardings({"opt_state": state["params"]}, mesh, **config.sharding)
+    return Shardings(whole, moments["opt_state"])

@@ -2,11 +2,17 @@
 
 The loop's order is what makes resuming exact: whatever is due at a step (checkpoint, evaluation)
 happens before the next batch is used, and which batch that is follows from the step alone.
+
+In a run of several processes all of them walk through the same lines. Only the first has the work
+directory (`run`), writes and speaks; what it alone knows it tells the others (`from_first`).
 """
 
 import contextlib
+import logging
+import shlex
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -22,19 +28,39 @@ from hybrid_flax.data.loader import (
     EvalTransform,
     TrainTransform,
     batches_per_epoch,
+    images_of_batch,
     train_batches,
 )
 from hybrid_flax.data.sources import Source, check_same_data, fingerprint, source_of
-from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
+from hybrid_flax.distributed.agreement import Agreement, Known
+from hybrid_flax.distributed.mesh import check_batch_size, local_rows, make_mesh, to_devices
 from hybrid_flax.distributed.preemption import StopSignal
+from hybrid_flax.distributed.processes import from_first, is_first
+from hybrid_flax.distributed.rules import shares, show_shares
+from hybrid_flax.distributed.transfer import place, to_all, whole
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
 from hybrid_flax.init_from import initial_weights
-from hybrid_flax.program import training_program
+from hybrid_flax.program import CompiledOnce, Program, training_program
 from hybrid_flax.training.metrics import MetricWriter, draw_curves
+from hybrid_flax.training.non_finite import Mishaps, NonFiniteStep, is_finite
 from hybrid_flax.training.progress import Progress
-from hybrid_flax.training.step import make_eval_step, weights_of
+from hybrid_flax.training.step import State, make_eval_step, weights_of
 from hybrid_flax.workdir import Workdir, to_plain
+
+
+class Job(NamedTuple):
+    """What stays the same from the first step to the last."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    program: Program
+    train_step: CompiledOnce
+    train_source: Source
+    val_source: Source
+    stop: StopSignal
+    run: Workdir | None  # in the first process; the others write nothing
+    checkpoints: Checkpoints | None  # likewise
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -51,97 +77,161 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
     check(config)
     train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-    with Workdir(workdir, config) as run, StopSignal() as stop:
-        return _train(config, run, stop, mesh, train_source, val_source)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(Workdir(workdir, config)) if is_first() else None
+        stop = stack.enter_context(StopSignal())
+        steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
+        program = training_program(config, mesh, steps_per_epoch)
+        job = Job(
+            config,
+            mesh,
+            program,
+            CompiledOnce(program.train_step),
+            train_source,
+            val_source,
+            stop,
+            run,
+            Checkpoints(run.checkpoints, keep=config.checkpoint.keep) if run else None,
+        )
+        _introduce(job, steps_per_epoch)
+        rolled_back_from = None
+        while True:
+            step, state, mishaps = _begin_or_continue(job, rolled_back_from)
+            try:
+                return _loop(job, steps_per_epoch, step, state, mishaps)
+            except NonFiniteStep as error:
+                if (
+                    config.on_non_finite != "roll_back"
+                    or error.mishaps.rolled_back >= config.non_finite_limit
+                ):
+                    raise TrainingError(_report(job, error)) from error
+                logging.warning("%s; going back to the last checkpoint", error)
+                rolled_back_from = error
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    run: Workdir,
-    stop: StopSignal,
-    mesh: Mesh,
-    train_source: Source,
-    val_source: Source,
-) -> int:
-    # ------------------------------------------------------------------- the data, both steps
-    transform = TrainTransform.from_config(config, train_source)
-    steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
-    eval_every = config.eval.every_epochs * steps_per_epoch
-    model, train_step, begin, template = training_program(config, mesh, steps_per_epoch)
-    eval_step = make_eval_step(bridge.as_function(model), config, mesh)
-
-    # --------------------------------------------------------- continue this run, or begin it
-    checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-    restored = checkpoints.restore(template)
-    if restored:
-        check_same_data(train_source, restored[2].get("data", {}), restored[0])
-    checkpoints.clear_after(restored[0] if restored else -1)
-    if restored:
-        step, arrays, _ = restored
-        state = jax.device_put(bridge.unflatten_like(template, arrays), replicated(mesh))
-        print(f"continuing {run.path} from the checkpoint of step {step}")
-    else:
-        step = 0
-        weights = initial_weights(config, mesh)
-        state = jax.jit(begin, out_shardings=replicated(mesh))(weights)
-
-    run.write_text(
-        "parameters.txt", get_parameter_overview(template["params"], include_stats=False)
-    )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(template["params"]))
+def _introduce(job: Job, steps_per_epoch: int) -> None:
+    """Says, and writes, what is going to be trained, and where its arrays lie."""
+    config, state = job.config, job.program.state
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
         f"{config.model.name}, {parameters:,} parameters, {config.model.image_size} pixels; "
-        f"{config.dataset.name}, {len(train_source):,} training and {len(val_source):,} validation "
-        f"images; {total_steps:,} steps of {config.batch_size} images on {mesh.size} "
-        f"{jax.devices()[0].device_kind} device(s)"
+        f"{config.dataset.name}, {len(job.train_source):,} training and {len(job.val_source):,} "
+        f"validation images; {config.epochs * steps_per_epoch:,} steps of {config.batch_size} "
+        f"images on {job.mesh.size} {jax.devices()[0].device_kind} device(s){processes}"
     )
+    table = show_shares(shares(state, job.program.shardings))
+    if job.mesh.size > 1:
+        print(f"mesh {dict(job.mesh.shape)}: {table}")
+    if job.run:
+        overview = get_parameter_overview(state["params"], include_stats=False)
+        job.run.write_text("parameters.txt", f"{overview}\n\n{table}\n")
 
-    # ------------------------------------------------------------------------------- the loop
-    meta = {
-        "model": config.model.name,
-        "num_classes": config.model.num_classes,
-        "image_size": config.model.image_size,
-        "data": fingerprint(train_source),
-        "config": to_plain(config),
-    }
+
+def _begin_or_continue(
+    job: Job, rolled_back_from: NonFiniteStep | None
+) -> tuple[int, State, Mishaps]:
+    """(steps done, state, mishaps) of the newest intact checkpoint, or of a fresh start."""
+    program, arrays = job.program, None
+
+    def newest():
+        nonlocal arrays
+        restored = job.checkpoints.restore(program.state)
+        if restored is None:
+            return None
+        step, arrays, meta = restored
+        return {"step": step, "meta": meta}
+
+    found = from_first("read the newest checkpoint", newest)
+    if found:
+        step, meta = found["step"], found["meta"]
+        check_same_data(job.train_source, meta.get("data", {}), step)
+        arrays = to_all(arrays, bridge.flatten(program.state))
+        state = place(bridge.unflatten_like(program.state, arrays), program.shardings)
+        mishaps = Mishaps(*meta.get("mishaps", Mishaps()))
+        print(f"continuing from the checkpoint of step {step}")
+    else:
+        step, mishaps = 0, Mishaps()
+        weights = initial_weights(job.config, job.mesh)
+        state = jax.jit(program.begin, out_shardings=program.shardings)(weights)
+    if job.checkpoints:
+        job.checkpoints.clear_after(step if found else -1)
+    if rolled_back_from:
+        mishaps = rolled_back_from.after_rolling_back(step, mishaps)
+    return step, state, mishaps
+
+
+def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mishaps) -> int:
+    config, mesh, run, checkpoints = job.config, job.mesh, job.run, job.checkpoints
+    total_steps = config.epochs * steps_per_epoch
+    eval_every = config.eval.every_epochs * steps_per_epoch
+    eval_step = make_eval_step(
+        bridge.as_function(job.program.model), config, mesh, weights_of(job.program.shardings)
+    )
+    val_transform = EvalTransform.from_config(config, job.val_source)
+    agreement = Agreement(mesh)
+    known = Known(None, [])
     batches = train_batches(
-        transform,
+        TrainTransform.from_config(config, job.train_source),
         batch_size=config.batch_size,
         seed=config.seed,
-        start_step=step,
+        start_step=step + mishaps.batches_left_out,
         num_workers=config.dataset.num_workers,
         repeats=config.augment.repeats,
         group=config.augment.mix_group,
+        rows=local_rows(config.batch_size, mesh),
     )
     feed = _feed(batches, mesh)
-    val_transform = EvalTransform.from_config(config, val_source)
-    writer = MetricWriter(run.path, run.metrics, start_step=step)
-    evaluated = {record["step"]: record for record in writer.records if "val/top1" in record}
+    writer = MetricWriter(run.path, run.metrics, start_step=step) if run else None
+    evaluations = from_first(
+        "read the evaluations", lambda: [r for r in writer.records if "val/top1" in r]
+    )
+    evaluated = {record["step"]: record for record in evaluations}
     progress = Progress(config.batch_size, step, total_steps)
     pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics that are still on the device)
     unreadable = 0
 
+    def agree(waited: float = 0.0) -> bool:
+        """Whether any process was asked to stop."""
+        nonlocal known
+        known = agreement.at_step(job.stop.received, waited)
+        return known.stop is not None
+
+    def write(step: int, numbers: dict[str, float]) -> dict[str, float]:
+        return writer.write(step, **numbers) if writer else {"step": step} | numbers
+
     def log(count: int) -> None:
         """Fetches, checks and records the metrics of the `count` oldest pending steps."""
+        nonlocal mishaps
         fetched = [(at, jax.device_get(metrics)) for at, metrics in pending[:count]]
         del pending[:count]
         for at, metrics in fetched:
-            if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
-                checkpoints.wait()
-                raise TrainingError(_non_finite(at, metrics, checkpoints))
-        if fetched:
-            at, numbers = fetched[-1]
-            numbers["loss"] = np.mean([metrics["loss"] for _, metrics in fetched])
+            if not is_finite(metrics):
+                mishaps = _pass_over(job, at, metrics, mishaps)
+        fine = [(at, metrics) for at, metrics in fetched if is_finite(metrics)]
+        if fine:
+            at, numbers = fine[-1]
+            del numbers["non_finite"]
+            numbers["loss"] = np.mean([metrics["loss"] for _, metrics in fine])
             numbers |= progress.report(at, float(numbers["loss"]))
             if unreadable:
                 numbers["unreadable_images"] = unreadable
-            writer.write(at, **{f"train/{name}": float(x) for name, x in numbers.items()})
+            if mishaps != Mishaps():
+                numbers |= mishaps._asdict()
+            write(at, {f"train/{name}": float(x) for name, x in numbers.items()})
 
-    with contextlib.closing(writer), contextlib.closing(progress), contextlib.closing(batches):
-        while not stop.received:
+    def save() -> None:
+        tree = whole(state)
+        if checkpoints:
+            checkpoints.save(step, tree, _meta(job, mishaps))
+
+    with contextlib.ExitStack() as stack:
+        for each in (writer, progress, batches):
+            if each:
+                stack.enter_context(contextlib.closing(each))
+        while not agree():
             if step and (step % eval_every == 0 or step == total_steps) and step not in evaluated:
                 log(len(pending))
                 averaged = {"val_ema": state["ema"]} if "ema" in state else {}
@@ -152,19 +242,20 @@ def _train(
                         val_transform,
                         config,
                         mesh,
-                        should_stop=lambda: stop.received is not None,
+                        should_stop=agree,
                     )
                 if results is None:
                     break
-                evaluated[step] = writer.write(step, **bridge.flatten(results))
-                draw_curves(writer.records, run.curves, f"{config.model.name}, {run.path}")
+                evaluated[step] = write(step, bridge.flatten(results))
+                if run:
+                    draw_curves(writer.records, run.curves, f"{config.model.name}, {run.path}")
                 progress.say(f"step {step}:\n{show_results(results)}")
             if step == total_steps:
                 break
             with progress.waiting():
                 batch, skipped = next(feed)
             unreadable += skipped
-            state, metrics = train_step(state, batch)
+            state, metrics = job.train_step(state, batch)
             step += 1
             pending.append((step, metrics))
             progress.stepped()
@@ -173,15 +264,15 @@ def _train(
             if step % config.checkpoint.every_steps == 0 or step == total_steps:
                 log(len(pending))
                 with progress.paused():
-                    checkpoints.save(step, state, meta)
+                    save()
         log(len(pending))
-        checkpoints.save(step, state, meta)
-        checkpoints.wait()
+        save()
+        from_first("write the last checkpoint", lambda: checkpoints.wait())
 
     if total_steps not in evaluated:
-        print(f"stopped by {stop.received.name}; step {step} is saved, the same command continues")
-        return 128 + stop.received
-    print(f"finished: {total_steps} steps of {config.model.name}, all results in {run.path}")
+        print(f"stopped by {known.stop.name}; step {step} is saved, the same command continues")
+        return 128 + known.stop
+    print(f"finished: {total_steps} steps of {config.model.name}")
     print(show_results(bridge.unflatten(evaluated[total_steps])))
     return 0
 
@@ -197,12 +288,66 @@ def _feed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[dict[str, jax.
         ahead = on_devices, int(batch["unreadable"].sum())
 
 
-def _non_finite(step: int, metrics: dict[str, Any], checkpoints: Checkpoints) -> str:
-    steps = checkpoints.steps()
-    last = checkpoints.directory / str(steps[-1]) if steps else "none was saved yet"
+def _meta(job: Job, mishaps: Mishaps) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "model": job.config.model.name,
+        "num_classes": job.config.model.num_classes,
+        "image_size": job.config.model.image_size,
+        "data": fingerprint(job.train_source),
+        "config": to_plain(job.config),
+        "mishaps": list(mishaps),
+    }
+
+
+def _pass_over(job: Job, step: int, metrics: dict[str, Any], mishaps: Mishaps) -> Mishaps:
+    """Counts a step that was not finite as skipped; NonFiniteStep if that is not what to do."""
+    parameters = list(bridge.flatten(job.program.state["params"]))
+    number = int(metrics["non_finite"])
+    error = NonFiniteStep(step, metrics, parameters[number] if number >= 0 else "", mishaps)
+    if job.config.on_non_finite != "skip" or mishaps.skipped >= job.config.non_finite_limit:
+        raise error
+    logging.warning("%s; skipped, number %d", error, mishaps.skipped + 1)
+    return mishaps._replace(skipped=mishaps.skipped + 1)
+
+
+def _report(job: Job, error: NonFiniteStep) -> str:
+    """Why the run stops, for its last message; what the batch was, for `non_finite.json`."""
+    if not job.run:
+        return str(error)
+    job.checkpoints.wait()
+    steps = job.checkpoints.steps()
+    last = str(job.checkpoints.directory / str(steps[-1])) if steps else "none was saved yet"
+    config, source = job.config, job.train_source
+    images = images_of_batch(
+        source,
+        error.batch,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        repeats=config.augment.repeats,
+        group=config.augment.mix_group,
+    )
+    command = shlex.join(sys.orig_argv)
+    job.run.write_json(
+        "non_finite.json",
+        {
+            "step": error.step,
+            "batch": error.batch,
+            "loss": str(error.loss),
+            "grad_norm": str(error.grad_norm),
+            "parameter": error.parameter,
+            "mishaps": error.mishaps._asdict(),
+            "checkpoint": last,
+            "command": command,
+            "images": {index: source.name(index) for index in images},
+        },
+    )
     return (
-        f"at step {step} the loss is {metrics['loss']} and the gradient norm "
-        f"{metrics['grad_norm']}; nothing was saved after that. Last good checkpoint: {last}. To "
-        "go on from it with other settings: a new --workdir, --config.init_from= this one, and for "
+        f"{error} (--config.on_non_finite={config.on_non_finite}, "
+        f"--config.non_finite_limit={config.non_finite_limit}). It changed no weights, and nothing "
+        f"was saved after it. Last checkpoint: {last}. The images of its batch are in "
+        f"{job.run.path}/non_finite.json; the same command comes to it again: {command}. To go on, "
+        "leave such steps out with --config.on_non_finite=skip or roll_back, or start from the "
+        "checkpoint with other settings: a new --workdir, --config.init_from= this one, and for "
         "example a lower --config.optimizer.learning_rate"
     )

@@ -33,6 +33,14 @@ _FREE = (
     "eval.batch_size",
     "eval.every_epochs",
     "log_every_steps",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.num_slices",
+    "mesh.tensor",
+    "non_finite_limit",
+    "on_non_finite",
+    "sharding.optimizer_over_data",
+    "sharding.rules",
 )
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import hybrid_flax.program
 import hybrid_flax.train
 from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.errors import TrainingError
+from hybrid_flax.program import CompiledOnce
 from hybrid_flax.train import train
 from hybrid_flax.training.metrics import read_metrics
 from tests import tiny
@@ -84,25 +84,20 @@ def test_running_a_finished_run_shows_its_result(finished, capsys):
 def test_a_stop_signal_saves_and_the_same_command_continues(
     finished, tmp_path, monkeypatch, capsys, number
 ):
-    make = hybrid_flax.program.make_train_step
+    call = CompiledOnce.__call__
 
-    def make_with_signal(*args, **kwargs):
-        step = make(*args, **kwargs)
-
-        def stepping(state, batch):
-            if int(state["step"]) == 7:
-                os.kill(os.getpid(), number)
-            return step(state, batch)
-
-        return stepping
+    def stepping(self, state, batch):
+        if int(state["step"]) == 7:
+            os.kill(os.getpid(), number)
+        return call(self, state, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hybrid_flax.program, "make_train_step", make_with_signal)
+        patch.setattr(CompiledOnce, "__call__", stepping)
         assert train(tiny.config(), str(tmp_path)) == 128 + number
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 8
     assert f"stopped by {number.name}; step 8 is saved" in capsys.readouterr().out
     assert train(tiny.config(), str(tmp_path)) == 0
-    assert f"continuing {tmp_path} from the checkpoint of step 8" in capsys.readouterr().out
+    assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
     assert_same_bits(final_arrays(tmp_path), final_arrays(finished))
 
 

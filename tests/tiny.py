@@ -1,5 +1,7 @@
 """A training run small enough for tests, with every random part of the recipe switched on.
 
+It is a config file: python -m hybrid_flax.main --config=tests/tiny.py --workdir=DIR
+
 As a program it trains in a process of its own that can be killed at a chosen moment:
 python -m tests.tiny WORKDIR [--kill-at=STEP] [--kill-in=save|evaluate] [--order=FILE]
 """
@@ -47,6 +49,10 @@ def config(**overrides) -> ml_collections.ConfigDict:
     return config
 
 
+def get_config() -> ml_collections.ConfigDict:
+    return config()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
@@ -83,23 +89,18 @@ def main() -> int:
 
         return batches
 
-    def count_down(original):
-        def make(*args, **kwargs):
-            step = original(*args, **kwargs)
+    def count_down(call):
+        def counted(self, state, batch):
+            if int(state["step"]) == options.kill_at:
+                kill()
+            return call(self, state, batch)
 
-            def counted(state, batch):
-                if int(state["step"]) == options.kill_at:
-                    kill()
-                return step(state, batch)
-
-            return counted
-
-        return make
+        return counted
 
     if options.order:
         train.train_batches = record(train.train_batches)
     if options.kill_at is not None:
-        program.make_train_step = count_down(program.make_train_step)
+        program.CompiledOnce.__call__ = count_down(program.CompiledOnce.__call__)
     if options.kill_in == "evaluate":
         train.evaluate = kill
     if options.kill_in == "save":

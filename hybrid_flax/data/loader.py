@@ -150,7 +150,10 @@ def _open_label_maps(config: ml_collections.ConfigDict, source: Source) -> Label
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """The evaluation crop; index → one example. `mask` is 0 for an unreadable image."""
+    """The evaluation crop; index → one example.
+
+    `mask` is 0 for an unreadable image, and for an index behind the last one, whose pixels are 0.
+    """
 
     source: Source
     image_size: int
@@ -172,6 +175,8 @@ class EvalTransform:
         )
 
     def __call__(self, index: int) -> Batch:
+        if index >= len(self.source):
+            return self._nothing(0)
         try:
             photo, label = self.source[int(index)]
             _check_label(label, self.source, index)
@@ -182,15 +187,18 @@ class EvalTransform:
             if not self.skip_unreadable:
                 raise
             _warn_once(f"{error}; left out of the evaluation")
-            image, label, mask = np.zeros((self.image_size, self.image_size, 3), np.uint8), 0, 0
-        else:
-            mask = 1
+            return self._nothing(index)
         return {
             "image": image,
             "label": np.int32(label),
             "index": np.int32(index),
-            "mask": np.float32(mask),
+            "mask": np.float32(1),
         }
+
+    def _nothing(self, index: int) -> Batch:
+        image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        zero = {"label": np.int32(0), "index": np.int32(index), "mask": np.float32(0)}
+        return {"image": image} | zero
 
 
 def _check_label(label: int, source: Source, index: int):
@@ -226,41 +234,81 @@ def train_batches(
     num_workers: int = 0,
     repeats: int = 1,
     group: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches from step `start_step` on.
 
     Every epoch is a new permutation of the source; images that do not fill a batch are left out of
     that epoch. With `repeats` an epoch has as many batches, of a part of the source: each image
-    comes that often, augmented anew, in different groups of `group` rows (`Repeated`).
+    comes that often, augmented anew, in different groups of `group` rows (`Repeated`). With `rows`
+    only these rows of each batch are read, and are the same as in the whole batch.
 
     Yields `image` uint8 [B, H, W, 3], `label`, `index` and `unreadable` int32 [B].
     """
     batches_per_epoch(transform.source, batch_size)
-    order = grain.MapDataset.range(len(transform.source)).seed(seed).shuffle()
-    if repeats > 1:
-        order = Repeated(order, repeats, batch_size, group)
-    dataset = (
-        order.random_map(transform).batch(batch_size, drop_remainder=True).repeat()[start_step:]
-    )
-    return iter(_read_ahead(dataset, num_workers))
+    order = _order(transform.source, batch_size, seed, repeats, group)
+    rows = np.arange(batch_size) if rows is None else rows
+    images = _Rows(order.random_map(transform), batch_size, rows)
+    return iter(_read_ahead(images.batch(len(rows)).repeat()[start_step:], num_workers))
+
+
+def images_of_batch(
+    source: Source, number: int, *, batch_size: int, seed: int, repeats: int = 1, group: int = 0
+) -> list[int]:
+    """Which images batch `number` of `train_batches` has, row by row."""
+    order = _order(source, batch_size, seed, repeats, group)
+    epoch, batch = divmod(number, len(order) // batch_size)
+    start = epoch * len(order) + batch * batch_size
+    return [int(order[start + row]) for row in range(batch_size)]
+
+
+def _order(
+    source: Source, batch_size: int, seed: int, repeats: int, group: int
+) -> grain.MapDataset:
+    """Image numbers: an epoch after the other, each a new permutation."""
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    return Repeated(order, repeats, batch_size, group) if repeats > 1 else order
+
+
+class _Rows(grain.MapDataset):
+    """Of every whole batch of the parent's elements only these rows, one after the other."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size = batch_size
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self))
+        batch, row = divmod(place, len(self._rows))
+        place = batch * self._batch_size + int(self._rows[row])
+        return self._parent[epoch * len(self._parent) + place]
 
 
 def eval_batches(
-    transform: EvalTransform, *, batch_size: int, num_workers: int = 0
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Every image of the source once, in order, as batches that all have `batch_size` rows.
 
-    The last one is filled up with zero images whose `mask` is 0. Yields `image` uint8
-    [B, H, W, 3], `label` and `index` int32 [B], `mask` float32 [B].
+    The last one is filled up with zero images whose `mask` is 0. With `rows` only these rows of
+    each batch are read. Yields `image` uint8 [B, H, W, 3], `label` and `index` int32 [B], `mask`
+    float32 [B].
     """
-    dataset = grain.MapDataset.range(len(transform.source)).map(transform).batch(batch_size)
+    batches = -(-len(transform.source) // batch_size)
+    images = grain.MapDataset.range(batches * batch_size).map(transform)
+    rows = np.arange(batch_size) if rows is None else rows
+    dataset = _Rows(images, batch_size, rows).batch(len(rows))
     with contextlib.closing(iter(_read_ahead(dataset, num_workers))) as batches:
-        for batch in batches:
-            missing = batch_size - len(batch["label"])
-            yield {
-                name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-                for name, array in batch.items()
-            }
+        yield from batches
 
 
 def _read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:

@@ -2,7 +2,7 @@
 
 In order: uint8 images → mixup or cutmix → normalise → erase (or normalise → erase → mix) → model
 (drop path) → loss → gradients over micro-batches → clip → optimizer → EMA. All randomness follows
-from (seed, step).
+from (seed, step). A step whose loss or gradients are not finite counts, but changes nothing.
 
 The training state is a dictionary: `step` (int32 scalar, steps done), `params`, `opt_state`,
 `batch_stats` where the model has batch norms, and `ema`, the averaged weights, where the config
@@ -10,7 +10,7 @@ asks for them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from hybrid_flax.training.schedules import Schedule
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
+
+
+class Shardings(NamedTuple):
+    """Where the arrays of a training run lie: see `distributed/rules.py`."""
+
+    state: Any  # a sharding, or a tree of them like the state
+    gradients: Any  # a tree like the parameters; None: wherever XLA puts them
 
 
 def new_state(weights, optimizer: optax.GradientTransformation, ema_decay: float) -> State:
@@ -50,6 +57,7 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
     mix_until: int | None = None,
+    shardings: Shardings | None = None,
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
@@ -57,12 +65,14 @@ def make_train_step(
     [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis, and for token labelling
     may have `label_map` and `crop`, as `data.loader.TrainTransform` gives them. The metrics are
     float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
-    `learning_rate`.
+    `learning_rate`; and `non_finite`, an int32 scalar: -1, or the number, in the order of
+    `bridge.flatten`, of the first parameter whose gradient is not finite.
 
     From step `mix_until` on nothing is mixed. Batch norms take their statistics over the whole
     micro-batch, on however many devices it is, or over groups of its images
-    (`layers.group_batch_norms`).
+    (`layers.group_batch_norms`). Without `shardings` the state is whole on every device.
     """
+    shardings = shardings or Shardings(replicated(mesh), None)
     loss_of_outputs = make_loss(config.loss)
 
     def loss_of(params, batch_stats, images, targets, key):
@@ -95,6 +105,10 @@ def make_train_step(
         if config.optimizer.freeze:  # they do not count for the norm, and need not be computed
             learns = trainable(grads, config.optimizer)
             grads = jax.tree.map(lambda g, yes: g if yes else jnp.zeros_like(g), grads, learns)
+        if shardings.gradients:  # summed to where their moments lie
+            grads = jax.lax.with_sharding_constraint(grads, shardings.gradients)
+        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+        grad_norm = jnp.sqrt(sum(squares))
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
@@ -105,17 +119,22 @@ def make_train_step(
             if config.ema_warmup:
                 decay = jnp.minimum(decay, (1 + state["step"]) / (10 + state["step"]))
             new["ema"] = _average(state["ema"], weights_of(new), decay)
+        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kept = {name: state[name] for name in new} | {"step": new["step"]}
+        new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, kept)
+        bad = ~jnp.isfinite(jnp.stack(squares))
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": schedule(state["step"]),
+            "non_finite": jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32),
         }
         return new, metrics
 
     return jax.jit(
         train_step,
-        in_shardings=(replicated(mesh), batch_sharded(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(shardings.state, batch_sharded(mesh)),
+        out_shardings=(shardings.state, replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -204,13 +223,14 @@ def _accumulated(value_and_grad, params, batch_stats, images, targets, key, coun
 
 
 def make_eval_step(
-    apply: Callable[..., jax.Array], config: Config, mesh: Mesh
+    apply: Callable[..., jax.Array], config: Config, mesh: Mesh, shardings: Any = None
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
     """Compiles `step(weights, batch) → sums`.
 
     `apply` is the model from `bridge.as_function`. `batch` has `image` uint8 [B, H, W, 3], `label`
     int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
-    counted images are `top1`, `top5`, `loss` and `images`.
+    counted images are `top1`, `top5`, `loss` and `images`. `shardings` are of the weights; without
+    them these are whole on every device.
     """
 
     @on_mesh(mesh)
@@ -228,6 +248,6 @@ def make_eval_step(
 
     return jax.jit(
         eval_step,
-        in_shardings=(replicated(mesh), batch_sharded(mesh)),
+        in_shardings=(shardings or replicated(mesh), batch_sharded(mesh)),
         out_shardings=replicated(mesh),
     )

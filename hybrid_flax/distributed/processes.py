@@ -1,0 +1,187 @@
+"""Several processes that train together: starting, agreeing, and stopping together.
+
+One process per host (or per GPU) runs the same program. JAX's coordination service, which the first
+process hosts, introduces them, notices a process that is gone, and keeps a few texts for all; the
+arrays of training never pass through it.
+"""
+
+import itertools
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+from jax._src.distributed import global_state  # the service's client has no public name yet
+
+from hybrid_flax.errors import InputError, TrainingError
+
+PATIENCE = 600.0  # seconds for the others to come to the same place of the program
+_POLL = 1.0  # seconds between looking for failures of others
+_FAILED = "hybrid_flax/failed/"
+_calls = itertools.count()
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 60,
+) -> None:
+    """Joins the other processes, if there are any; before anything else asks JAX for devices.
+
+    Without arguments JAX looks for a Cloud TPU slice, SLURM, Kubernetes and Open MPI; where there
+    is none of them this process trains alone.
+
+    Args:
+      coordinator: "HOST:PORT" of the first process; HOST as the others see it, PORT free there.
+      num_processes, process_id: how many, and which of them this is, from 0.
+      timeout: seconds after which a process that is silent counts as gone and the others stop.
+
+    Raises:
+      InputError: some but not all arguments are given, or the others did not come.
+    """
+    flags = {
+        "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
+    }  # fmt: skip
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    if 0 < len(given) < 3:
+        raise InputError(
+            f"{', '.join(given)}: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
+            "belong together; give all three, or none where the cluster says them"
+        )
+    if given and (":" not in coordinator or not 0 <= process_id < num_processes):
+        raise InputError(
+            f"{', '.join(given)}: expected HOST:PORT, and a process_id from 0 to below the number "
+            "of processes"
+        )
+    jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if coordinator else None,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
+    except ValueError as error:
+        if "coordinator_address should be defined" in str(error):
+            return  # no cluster: alone
+        raise InputError(f"cannot join the other processes: {error}") from error
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        raise InputError(
+            f"process {process_id} of {num_processes} could not join the others at "
+            f"{coordinator or 'the address that the cluster says'}: "
+            f"{str(error).splitlines()[0]}. Were all of them started, and can they reach it?"
+        ) from error
+    if several():
+        _listen()
+
+
+def several() -> bool:
+    """Whether there are other processes; before devices are there, too."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """Of this process, as messages say it: "process 3 of 8 on host7"."""
+    return f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
+
+
+# ------------------------------------------------------------------------------------ agreeing
+
+
+def from_first(what: str, function: Callable[[], Any]) -> Any:
+    """The result of `function()` in the first process, in all; something JSON can hold.
+
+    An error there ends that process, and thereby all.
+    """
+    if jax.process_count() == 1:
+        return function()
+    mine = json.dumps(function()) if is_first() else ""
+    return json.loads(everyone(what, mine)[0])
+
+
+def everyone(what: str, text: str, patience: float = PATIENCE) -> list[str]:
+    """A text of every process, in order, in every process.
+
+    Args:
+      what: said if somebody does not come.
+      patience: seconds to wait for the others.
+
+    Raises:
+      TrainingError: not all came in time; says which.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    # All processes come to the same calls in the same order.
+    client, folder = global_state.client, f"hybrid_flax/call{next(_calls)}/"
+    client.key_value_set(f"{folder}{jax.process_index()}", text)
+    try:
+        client.wait_at_barrier(folder, int(1000 * patience))
+    except jax.errors.JaxRuntimeError as error:
+        came = _texts(folder)
+        missing = sorted(set(range(jax.process_count())) - came.keys())
+        raise TrainingError(
+            f"waited {patience:.0f} s to {what}: of {jax.process_count()} processes "
+            f"{', '.join(map(str, missing)) or 'none'} did not come "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    texts = _texts(folder)
+    return [texts[i] for i in range(jax.process_count())]
+
+
+def _texts(folder: str) -> dict[int, str]:
+    found = global_state.client.key_value_dir_get(folder)
+    return {int(key.rpartition("/")[2]): text for key, text in found}
+
+
+# ------------------------------------------------------------------------------------ stopping
+
+
+def leave(code: int, reason: str) -> NoReturn:
+    """Ends this process for an error, and all others within seconds, which say whose it was."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if several():
+        failure = json.dumps({"name": name(), "code": code, "reason": reason})
+        try:
+            global_state.client.key_value_set(f"{_FAILED}{jax.process_index()}", failure)
+        except jax.errors.JaxRuntimeError:
+            pass  # the service is gone, and so is the first process
+        if is_first():
+            time.sleep(3 * _POLL)  # the others ask us
+    # Not the usual way out, which waits for the others, who wait for us in a collective.
+    os._exit(code)
+
+
+def _listen() -> None:
+    threading.Thread(target=_stop_with_others, name="other processes", daemon=True).start()
+
+
+def _stop_with_others() -> NoReturn:
+    while True:
+        time.sleep(_POLL)
+        try:
+            failures = _texts(_FAILED)
+        except jax.errors.JaxRuntimeError:
+            continue  # JAX itself ends us when the service stays away
+        failures.pop(jax.process_index(), None)
+        if failures:
+            failure = json.loads(failures[min(failures)])
+            print(f"error: {failure['name']} stopped: {failure['reason']}", file=sys.stderr)
+            sys.stderr.flush()
+            if is_first():
+                time.sleep(3 * _POLL)
+            os._exit(failure["code"])
