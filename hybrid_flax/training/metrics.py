@@ -1,5 +1,6 @@
 """Recording and drawing what a run measures."""
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -8,16 +9,17 @@ Record = dict[str, Any]  # "step" and numbers
 
 
 def read_metrics(file: str) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The records of a `metrics.jsonl` or another file of JSON lines.
+
+    A line that a kill cut short is left out.
+    """
     if not os.path.exists(file):
         return []
     records = []
     with open(file) as stream:
         for line in stream:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
     return records
 
 

@@ -1,0 +1,189 @@
+"""Where the time of a run goes, over all its starts: `ledger.jsonl` in the work directory.
+
+One line each time something is logged: the seconds that each phase took since the line before. What
+the lines cannot know follows from them: the time between the last line of a process and the next
+start is downtime, and the training of steps that a later start had to do again was lost.
+
+Durations come from the monotonic clock. Wall time only places the starts, so a clock that jumps
+can spoil a downtime, and nothing else.
+"""
+
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from hybrid_flax.training.metrics import read_metrics
+
+PHASES = ("start", "restore", "compile", "train", "input wait", "save", "evaluate")
+KINDS = (*PHASES, "lost steps", "downtime")
+_UNDONE = ("train", "input wait")  # what is lost with a step
+
+
+class Phases:
+    """Which phase the run is in, and the seconds each has taken: every second belongs to one.
+
+    phases = Phases()  # in "start"
+    phases.enter("train")
+    with phases("input wait"): ...
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since = clock()
+        self._known: set[str] = set()  # phases that have shown a sign of progress
+        self._sign = "start", self._since  # one tuple, for another thread reads it
+
+    @contextlib.contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Around a phase within another, whose clock stands still meanwhile."""
+        outer = self._sign[0]
+        self.enter(kind)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
+    def enter(self, kind: str) -> None:
+        """Ends the phase that the run is in, and begins another."""
+        now = self._clock()
+        left = self._sign[0]
+        self._seconds[left] += now - self._since
+        self._since = now
+        self._known.add(left)
+        self._sign = kind, now
+
+    def was(self, kind: str) -> None:
+        """Counts the time since the phase was entered as another's."""
+        self._sign = kind, self._sign[1]
+
+    def alive(self) -> None:
+        """Says that the phase goes on, for the watchdog."""
+        self._known.add(self._sign[0])
+        self._sign = self._sign[0], self._clock()
+
+    def silence(self) -> tuple[str, float, bool]:
+        """(phase, seconds since its last sign of progress, whether that would be its first)."""
+        kind, at = self._sign
+        return kind, self._clock() - at, kind not in self._known
+
+    def seconds(self) -> dict[str, float]:
+        """Of every phase until now; their sum is `elapsed`, at the same moment."""
+        now = self._clock()
+        kind = self._sign[0]
+        return self._seconds | {kind: self._seconds[kind] + now - self._since}
+
+
+class Account(NamedTuple):
+    """What became of a run's wall time."""
+
+    seconds: dict[str, float]  # by kind, see KINDS
+    starts: int
+    clock_went_back: bool  # between two starts, whose downtime is then counted as none
+
+    @property
+    def wall(self) -> float:
+        """Seconds of the run's whole life."""
+        return sum(self.seconds.values())
+
+    @property
+    def goodput(self) -> float:
+        """The share of it in which steps were trained that counted."""
+        return self.seconds["train"] / self.wall if self.wall else 0.0
+
+    def __str__(self) -> str:
+        shares = ", ".join(
+            f"{kind} {100 * self.seconds[kind] / self.wall:.1f} %"
+            for kind in KINDS
+            if self.seconds[kind]
+        )
+        life = datetime.timedelta(seconds=round(self.wall))
+        text = f"goodput {100 * self.goodput:.1f} % of {life} in {self.starts} start(s): {shares}"
+        if self.clock_went_back:
+            text += "; the clock went back between two starts, that downtime counts as none"
+        return text
+
+
+def account(lines: list[dict[str, Any]]) -> Account:
+    """Adds up the lines of a ledger."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    trained: list[tuple[int, int, dict[str, float]]] = []  # after step, up to step, seconds
+    before, went_back, starts = None, False, 0
+    for line in lines:
+        if before is None or line["start"] != before["start"]:
+            starts += 1
+            if before and not before.get("finished"):
+                down = line["time"] - line["elapsed"] - before["time"]
+                went_back |= down < 0
+                seconds["downtime"] += max(down, 0.0)
+            trained = [_undo(*entry, line["step"], seconds) for entry in trained]
+            step = line["step"]
+        spent = line["seconds"]
+        trained.append((step, line["step"], {kind: spent.get(kind, 0.0) for kind in _UNDONE}))
+        for kind in spent.keys() - set(_UNDONE):
+            seconds[kind] += spent[kind]
+        before, step = line, line["step"]
+    for _, _, spent in trained:
+        for kind in _UNDONE:
+            seconds[kind] += spent[kind]
+    return Account(seconds, starts, went_back)
+
+
+def _undo(
+    after: int, upto: int, spent: dict[str, float], restored: int, seconds: dict[str, float]
+) -> tuple[int, int, dict[str, float]]:
+    """Moves what was spent on the steps beyond `restored` to the lost steps."""
+    if upto <= restored:
+        return after, upto, spent
+    kept = max(0, restored - after) / (upto - after) if upto > after else 0.0
+    seconds["lost steps"] += (1 - kept) * sum(spent.values())
+    return min(after, restored), restored, {kind: kept * spent[kind] for kind in spent}
+
+
+class Ledger:
+    """Appends to the ledger of a run.
+
+    Args:
+      file: path of `ledger.jsonl`; None keeps the account of this start alone, in memory.
+      phases: of this process.
+    """
+
+    def __init__(
+        self, file: str | None, phases: Phases, wall_clock: Callable[[], float] = time.time
+    ):
+        self._file = file
+        self._phases = phases
+        self._wall_clock = wall_clock
+        self._lines = read_metrics(file) if file else []
+        self._start = 1 + (self._lines[-1]["start"] if self._lines else 0)
+        self._written = dict.fromkeys(PHASES, 0.0)
+
+    def write(self, step: int, **more: bool) -> None:
+        """Adds a line: what happened since the last one, in which the run came to `step`.
+
+        The first line of a start, with the step it begins from, is what makes later ones of the
+        start before it lost.
+        """
+        until_now = self._phases.seconds()
+        spent = {kind: round(until_now[kind] - self._written[kind], 4) for kind in PHASES}
+        line = {
+            "start": self._start,
+            "step": step,
+            "time": round(self._wall_clock(), 3),
+            "elapsed": round(sum(until_now.values()), 3),
+            "seconds": {kind: seconds for kind, seconds in spent.items() if seconds},
+            **more,
+        }
+        self._written = until_now
+        self._lines.append(line)
+        if self._file:
+            with open(self._file, "a") as stream:
+                # Whatever a kill left of a line before ends here.
+                stream.write("\n" * (stream.tell() > 0) + json.dumps(line))
+
+    def account(self) -> Account:
+        """Of the whole run up to the last line."""
+        return account(self._lines)
