@@ -45,8 +45,9 @@ def test_a_stalled_process_says_where_it_hangs_and_ends(tmp_path):
         file.write_text("an earlier one\n")
         process, said = stall(phase, file)
         assert process.returncode == 124, said
+        where = rf"stalled. Process {process.pid} on .* has been in phase '{phase}' for \d+ s"
         for text in (said, file.read_text()):
-            assert re.search(rf"stalled. Process {process.pid} on .* has been in phase '{phase}' for \d+ s", text)
+            assert re.search(where, text)
             assert f"{limit} s are allowed (--config.watchdog_seconds)" in text
             assert re.search(r"line \d+ in hang", text)
             assert "memory in use on the devices: not known" in text
