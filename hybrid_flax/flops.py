@@ -4,7 +4,11 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.extend import core
+
+from hybrid_flax import bridge
 
 # What Pallas traces to; beside each stands its definition, for other platforms.
 _KERNELS = ("pallas_call", "mpmd_map", "core_map")
@@ -23,6 +27,17 @@ def count_multiply_adds(function: Callable, *arguments) -> int:
       *arguments: arrays, or `jax.ShapeDtypeStruct`s: nothing is computed.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def training_flops(model: nnx.Module, image_size: int, batch_size: int) -> int:
+    """Of one training step: three forward passes, two for each multiply-add.
+
+    Args:
+      model: abstract or real.
+    """
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    return 6 * batch_size * count_multiply_adds(apply, weights, image)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

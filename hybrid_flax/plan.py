@@ -25,12 +25,12 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from hybrid_flax import bridge, cli
+from hybrid_flax import cli
 from hybrid_flax.config import check
 from hybrid_flax.distributed.mesh import batch_sharded, check_batch_size, make_mesh, replicated
 from hybrid_flax.errors import InputError
-from hybrid_flax.flops import count_multiply_adds
-from hybrid_flax.program import Program, training_program
+from hybrid_flax.flops import training_flops
+from hybrid_flax.program import training_program
 from hybrid_flax.versions import versions
 from pallas.dispatch import recorded
 
@@ -105,6 +105,7 @@ def plan(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
         batch = _batch(config, target.mesh)
         started = time.perf_counter()
         traced = program.train_step.trace(_on(program.state, replicated(target.mesh)), batch)
+    flops = training_flops(program.model, config.model.image_size, config.batch_size)
     found = {
         "topology": target.name,
         "chips": target.mesh.size,
@@ -113,7 +114,7 @@ def plan(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
         "batch_per_chip": config.batch_size // target.mesh.size,
         "accumulation_steps": config.accumulation_steps,
         "bytes_of_state": {name: _bytes(part) for name, part in program.state.items()},
-        "flops_per_chip": _flops(config, program) // target.mesh.size,
+        "flops_per_chip": flops // target.mesh.size,
         "kernels": _kernels(calls, target.platform),
         "memory": target.memory,
         "versions": versions(),
@@ -226,15 +227,6 @@ def _on(tree, sharding):
 
 def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _flops(config, program: Program) -> int:
-    """Of a step: three forward passes, two for each multiply-add."""
-    side = config.model.image_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    weights = bridge.get_weights(program.model)
-    apply = bridge.as_function(program.model)
-    return 6 * config.batch_size * count_multiply_adds(apply, weights, image)
 
 
 def _kernels(calls, platform: str) -> dict[str, int]:

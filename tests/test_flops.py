@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from hybrid_flax import layers
-from hybrid_flax.flops import count_multiply_adds
+import hybrid_flax
+from hybrid_flax import bridge, layers
+from hybrid_flax.flops import count_multiply_adds, training_flops
 from pallas.window_attention import window_attention
 from tests.parity import multiply_adds
 
@@ -52,3 +53,9 @@ COUNTED = {"gcvit_xxt": 2.12, "gcvit_xt": 2.91, "gcvit_s": 8.53, "gcvit_l_384": 
 @pytest.mark.parametrize("name", COUNTED)
 def test_models_cost_what_the_official_ones_cost(name):
     assert multiply_adds(name) / 1e9 == pytest.approx(COUNTED[name], abs=0.006)
+
+
+def test_a_training_step_is_three_forward_passes_of_two_flops():
+    model = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_xxt", rngs=nnx.Rngs(0)))
+    published = hybrid_flax.model_info("gcvit_xxt").gflops
+    assert training_flops(model, 224, batch_size=8) == pytest.approx(6e9 * 8 * published, rel=0.05)
