@@ -13,9 +13,11 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,11 +52,23 @@ class Checkpoints:
     Args:
       directory: local path or any that Orbax knows (`gs://…`); created by the first save.
       keep: how many of the newest steps to keep.
+      keep_every_steps: multiples of it are never deleted; 0: none.
+      keep_best: how many of the best to keep besides, by what `rate` was told; 0: none.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every_steps: int = 0,
+        keep_best: int = 0,
+    ):
         self.directory = epath.Path(directory)
         self._keep = keep
+        self._keep_every_steps = keep_every_steps
+        self._keep_best = keep_best
+        self._scores: dict[int, float] = {}
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
     def steps(self) -> list[int]:
@@ -75,6 +89,7 @@ class Checkpoints:
         """
         self.wait()
         if step in self.steps():
+            self._delete_old()  # what was the best may not be any more
             return
         # A copy, because the next step reuses (donates) these buffers.
         arrays = {path: np.array(leaf) for path, leaf in flatten(tree).items()}
@@ -106,8 +121,74 @@ class Checkpoints:
             raise self._failed(step, error) from error
         if step not in self.steps():
             raise self._failed(step, "it is not there after saving")
-        for old in self.steps()[: -self._keep]:
-            (self.directory / str(old)).rmtree()
+        self._delete_old()
+
+    def rate(self, step: int, score: float) -> bool:
+        """Notes how good a step is; whether it is among the best, so that it should be saved.
+
+        Of equal scores the earlier step is the better.
+        """
+        self._scores[step] = score
+        return step in self._best(self._scores)
+
+    def _best(self, steps: Iterable[int]) -> list[int]:
+        rated = [step for step in steps if step in self._scores]
+        return sorted(rated, key=lambda step: (-self._scores[step], step))[: self._keep_best]
+
+    def _delete_old(self) -> None:
+        """Deletes what is not to be kept; that it cannot be deleted is no reason to stop."""
+        steps = self.steps()
+        kept = {*steps[-self._keep :], *self._best(steps)}
+        if self._keep_every_steps:
+            kept |= {step for step in steps if step % self._keep_every_steps == 0}
+        old = [step for step in steps if step not in kept]
+        if old and len(kept) == 1:  # then it must be a good one
+            try:
+                self._read(steps[-1], None)
+            except DamagedCheckpointError as error:
+                logging.warning(
+                    "checkpoint %s is damaged: %s. Older ones are kept",
+                    self.directory / str(steps[-1]),
+                    error,
+                )
+                return
+        for step in old:
+            _delete(self.directory / str(step))
+
+    def check_space(self, tree: Any) -> None:
+        """Compares the size of a checkpoint with the free space of the disk.
+
+        Warns if there is not enough for all that are kept at the same time.
+
+        Args:
+          tree: anything with `shape` and `dtype`, of what will be saved.
+
+        Raises:
+          InputError: not even one fits.
+        """
+        if "://" in os.fspath(self.directory):
+            return
+        here = self.directory
+        while not here.exists():
+            here = here.parent
+        free = shutil.disk_usage(here).free
+        each = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+        if free < each:
+            raise InputError(
+                f"{self.directory}: a checkpoint of this run takes {_size(each)}, the disk has "
+                f"{_size(free)} left. Free some, or choose another --workdir"
+            )
+        # One more than is kept, while the newest is being written.
+        most = self._keep + self._keep_best + 1 - min(len(self.steps()), self._keep)
+        if free < most * each:
+            logging.warning(
+                "%s: the disk has %s left, and up to %d more checkpoints of %s each will be there "
+                "at the same time. Free some, or lower --config.checkpoint.keep",
+                self.directory,
+                _size(free),
+                most,
+                _size(each),
+            )
 
     def restore(self, expected: Any = None) -> tuple[int, Arrays, dict[str, Any]] | None:
         """The newest intact checkpoint, as (step, {path: NumPy array}, meta).
@@ -164,7 +245,7 @@ class Checkpoints:
                 path.rename(target)
                 logging.warning("moved the damaged checkpoint of step %s to %s", path.name, target)
             elif not path.name.isdigit():
-                path.rmtree()
+                _delete(path)
 
     def _read(self, step: int, expected: Any) -> tuple[Arrays, dict[str, Any]]:
         manifest = self._load(step, "manifest")
@@ -215,6 +296,19 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self.directory}: {reason}. "
             f"The last one on disk is of step {max(others, default='none')}"
         )
+
+
+def _delete(path: epath.Path) -> None:
+    try:
+        if path.name.isdigit():  # what is half deleted must not pass for a checkpoint
+            path = path.rename(path.with_name(f"{path.name}.deleted"))
+        path.rmtree()
+    except OSError as error:
+        logging.warning("cannot delete %s: %s. Training goes on; delete it by hand", path, error)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB ({count:,} bytes)"
 
 
 def _context() -> ocp.Context:

@@ -3,6 +3,7 @@ import os
 import pathlib
 import random
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +14,33 @@ import pytest
 
 from hybrid_flax import bridge
 from hybrid_flax.checkpoints import (
+    FORMAT,
     CheckpointMismatchError,
     Checkpoints,
     CheckpointSaveError,
     load_weights,
 )
+from hybrid_flax.errors import InputError
+
+FORMATS = pathlib.Path(__file__).parent / "golden" / "checkpoints"
 
 
-def tree(seed=0):
+def tree(seed=0, rows=300):
     rng = np.random.default_rng(seed)
     params = {
         "stem": {"kernel": rng.normal(size=(8, 16)).astype(np.float32)},
         "stages": {
             "0": {"scale": rng.normal(size=(64,)).astype(np.float32)},
             "1": {"scale": rng.normal(size=(64,)).astype(np.float32)},
-            "10": {"table": rng.normal(size=(300, 70)).astype(ml_dtypes.bfloat16)},
+            "10": {"table": rng.normal(size=(rows, 70)).astype(ml_dtypes.bfloat16)},
         },
     }
     optimizer = optax.adamw(1e-3).init(jax.tree.map(jnp.asarray, params))
     return {"step": np.int32(7), "params": params, "opt_state": optimizer}
+
+
+def small():
+    return {"step": np.int32(7)}
 
 
 def assert_restores(restored, step, want):
@@ -74,6 +83,88 @@ def test_only_the_newest_are_kept(tmp_path):
         checkpoints.save(step, tree(), {})
     checkpoints.wait()
     assert checkpoints.steps() == [4, 5]
+
+
+def test_milestones_and_the_best_are_kept_besides(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every_steps=4, keep_best=2)
+    scores = {1: 70.0, 2: 80.0, 3: 75.0, 5: 60.0, 6: 80.0, 7: 75.0}
+    best = []
+    for step in range(1, 8):
+        checkpoints.save(step, small(), {})
+        if step in scores and checkpoints.rate(step, scores[step]):
+            best.append(step)
+    checkpoints.save(7, small(), {})
+    assert checkpoints.steps() == [2, 4, 6, 7]  # the best are 2 and 6
+    assert best == [1, 2, 3, 6]
+    later = Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=1)
+    assert later.rate(6, 80.0)  # as a run that continues notes what it had evaluated
+    assert later.rate(2, 80.0)  # of equals the earlier
+    later.save(8, small(), {})
+    later.wait()
+    assert later.steps() == [2, 8]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(saved, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    saved.save(40, small(), {})
+    saved._saving[1].result()
+    monkeypatch.setattr(type(saved.directory), "rename", refuse)
+    saved.wait()
+    assert saved.steps() == [10, 20, 30, 40]
+    assert f"cannot delete {saved.directory}/10: [Errno 13] Permission denied" in caplog.text
+    monkeypatch.undo()
+    saved.save(50, small(), {})
+    saved._saving[1].result()
+    monkeypatch.setattr(type(saved.directory), "rmtree", refuse)
+    saved.wait()
+    assert saved.steps() == [30, 40, 50]  # half deleted ones go by another name
+    assert f"cannot delete {saved.directory}/10.deleted: [Errno 13]" in caplog.text
+    monkeypatch.undo()
+    saved.clear_after(50)
+    assert sorted(path.name for path in saved.directory.iterdir()) == ["30", "40", "50"]
+
+
+def test_the_only_intact_checkpoint_is_not_deleted(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, small(), {})
+    checkpoints.wait()
+    checkpoints.save(2, small(), {})
+    checkpoints._saving[1].result()
+    (checkpoints.directory / "2" / "manifest" / "data.json").unlink()
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    assert f"checkpoint {checkpoints.directory / '2'} is damaged" in caplog.text
+    assert "Older ones are kept" in caplog.text
+    assert checkpoints.restore()[0] == 1
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_noticed_first(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2, keep_best=1)
+    state = {"params": jax.ShapeDtypeStruct((2**18, 5), jnp.float32), "step": np.int32(0)}
+    each = 5 * 2**20 + 4
+
+    def left(count):
+        usage = shutil.disk_usage(tmp_path)._replace(free=count)
+        monkeypatch.setattr("hybrid_flax.checkpoints.shutil.disk_usage", lambda _: usage)
+        checkpoints.check_space(state)
+        monkeypatch.undo()
+
+    left(4 * each)
+    assert not caplog.records
+    left(4 * each - 1)
+    assert (
+        "the disk has 20.0 MiB (20,971,535 bytes) left, and up to 4 more checkpoints of 5.0 MiB "
+        "(5,242,884 bytes) each will be there at the same time. Free some, or lower "
+        "--config.checkpoint.keep" in caplog.text
+    )
+    with pytest.raises(InputError) as error:
+        left(each - 1)
+    assert str(error.value) == (
+        f"{checkpoints.directory}: a checkpoint of this run takes 5.0 MiB (5,242,884 bytes), the "
+        "disk has 5.0 MiB (5,242,883 bytes) left. Free some, or choose another --workdir"
+    )
 
 
 def test_saving_copies_before_the_buffers_are_reused(tmp_path):
@@ -226,6 +317,14 @@ def test_a_newer_format_asks_for_an_update(saved, monkeypatch):
         saved.restore()
 
 
+@pytest.mark.parametrize("number", range(1, FORMAT + 1))
+def test_checkpoints_of_every_format_can_be_read(number):
+    """What `python -m tests.test_checkpoints` wrote when the format was new."""
+    restored = Checkpoints(FORMATS / str(number)).restore(tree(rows=3))
+    assert_restores(restored, 7, tree(7, rows=3))
+    assert restored[2] == {"model": "x", "format": number}
+
+
 # ------------------------------------------------------------------------------ failing saves
 
 
@@ -265,3 +364,11 @@ def test_loading_says_nothing_when_all_is_well(saved, caplog):
     with caplog.at_level(logging.WARNING):
         saved.restore(tree())
     assert not caplog.records
+
+
+if __name__ == "__main__":  # the checkpoint of a new format
+    with tempfile.TemporaryDirectory() as folder:
+        writing = Checkpoints(folder)
+        writing.save(7, tree(7, rows=3), {"model": "x", "format": FORMAT})
+        writing.wait()
+        shutil.copytree(folder, FORMATS / str(FORMAT))
