@@ -116,8 +116,13 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     evaluation.batch_size = 256
     evaluation.every_epochs = 1
 
-    config.checkpoint = ConfigDict({"every_steps": 500, "keep": 3})
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500
+    checkpoint.keep = 3  # the newest, and besides
+    checkpoint.keep_every_steps = 0  # the multiples of this, which are saved too; 0: none
+    checkpoint.keep_best = 0  # so many of the best in evaluation, by averaged weights if there are
     config.log_every_steps = 50
+    config.watchdog_seconds = 900.0  # without progress end with status 124; 0: wait for ever
     # Of a step whose loss or gradients are not finite, which changes no weight: "stop", "skip" it,
     # or "roll_back" to the last checkpoint and leave its batch out; at most so many times.
     config.on_non_finite = "stop"

@@ -125,6 +125,9 @@ _CHECKS = {
     "sharding.optimizer_over_data": _one_of(False, True),
     "checkpoint.every_steps": _above(0),
     "checkpoint.keep": _above(0),
+    "checkpoint.keep_every_steps": _above(-1),
+    "checkpoint.keep_best": _above(-1),
+    "watchdog_seconds": _not_negative,
 }
 
 

@@ -3,6 +3,8 @@
 `config.json`     every setting, as resolved
 `parameters.txt`  every parameter with its shape
 `versions.json`   packages, devices and commit of the latest start
+`ledger.jsonl`    where the time went, over all starts: see `goodput.py`
+`stall-0.txt`     what the watchdog said, by process
 `metrics.jsonl`   one line per logged step or evaluation; also as TensorBoard events
 `curves.png`      the same, drawn
 `checkpoints/`    see `checkpoints.py`; damaged ones are moved to `damaged/`
@@ -14,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from typing import Any, TextIO
 
 import ml_collections
@@ -26,6 +27,8 @@ from hybrid_flax.versions import versions
 _FREE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every_steps",
     "dataset.cache",
     "dataset.index",
     "dataset.num_workers",
@@ -41,6 +44,7 @@ _FREE = (
     "on_non_finite",
     "sharding.optimizer_over_data",
     "sharding.rules",
+    "watchdog_seconds",
 )
 
 
@@ -80,15 +84,25 @@ class Workdir:
         self._held.close()
 
     def _check_writable(self):
+        """Writes, renames and reads back, as the run will."""
+        name, text = f".probe-{os.getpid()}", os.urandom(64).hex()
+        probe = os.path.join(self.path, name)
         try:
             os.makedirs(self.path, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            self.write_text(name, text)
+            with open(probe) as stream:
+                found = stream.read()
+            os.remove(probe)
         except OSError as error:
             raise InputError(
                 f"cannot write to the work directory {self.path}: {error.strerror}. Choose another "
-                "--workdir, or mend its permissions"
+                "--workdir, or mend its permissions, quota or disk"
             ) from error
+        if found != text:
+            raise InputError(
+                f"the work directory {self.path} does not give back what was written to it "
+                f"({len(text)} characters, {len(found)} read). Choose another --workdir"
+            )
 
     def _lock(self, file: TextIO):
         """Held until the file is closed, or this process ends in any way."""
