@@ -2,7 +2,7 @@
 
 One line each time something is logged: the seconds that each phase took since the line before. What
 the lines cannot know follows from them: the time between the last line of a process and the next
-start is downtime, and the training of steps that a later start had to do again was lost.
+start is downtime, and the training of steps that had to be done again was lost.
 
 Durations come from the monotonic clock. Wall time only places the starts, so a clock that jumps
 can spoil a downtime, and nothing else.
@@ -111,7 +111,7 @@ def account(lines: list[dict[str, Any]]) -> Account:
     """Adds up the lines of a ledger."""
     seconds = dict.fromkeys(KINDS, 0.0)
     trained: list[tuple[int, int, dict[str, float]]] = []  # after step, up to step, seconds
-    before, went_back, starts = None, False, 0
+    before, went_back, starts, step = None, False, 0, 0
     for line in lines:
         if before is None or line["start"] != before["start"]:
             starts += 1
@@ -119,15 +119,17 @@ def account(lines: list[dict[str, Any]]) -> Account:
                 down = line["time"] - line["elapsed"] - before["time"]
                 went_back |= down < 0
                 seconds["downtime"] += max(down, 0.0)
+        trained.append((step, max(step, line["step"]), {}))
+        for kind, spent in line["seconds"].items():
+            if kind in _UNDONE:
+                trained[-1][2][kind] = spent
+            else:
+                seconds[kind] += spent
+        if line["step"] < step:
             trained = [_undo(*entry, line["step"], seconds) for entry in trained]
-            step = line["step"]
-        spent = line["seconds"]
-        trained.append((step, line["step"], {kind: spent.get(kind, 0.0) for kind in _UNDONE}))
-        for kind in spent.keys() - set(_UNDONE):
-            seconds[kind] += spent[kind]
         before, step = line, line["step"]
     for _, _, spent in trained:
-        for kind in _UNDONE:
+        for kind in spent:
             seconds[kind] += spent[kind]
     return Account(seconds, starts, went_back)
 
@@ -164,8 +166,8 @@ class Ledger:
     def write(self, step: int, **more: bool) -> None:
         """Adds a line: what happened since the last one, in which the run came to `step`.
 
-        The first line of a start, with the step it begins from, is what makes later ones of the
-        start before it lost.
+        A step before that of the last line, where a start or a run that was rolled back begins, is
+        what makes the training beyond it lost.
         """
         until_now = self._phases.seconds()
         spent = {kind: round(until_now[kind] - self._written[kind], 4) for kind in PHASES}

@@ -119,6 +119,20 @@ def test_steps_can_be_lost_more_than_once(tmp_path):
     assert found.wall == clock.now
 
 
+def test_steps_that_are_rolled_back_are_lost(tmp_path):
+    clock = Clock()
+    phases, ledger = start(clock, str(tmp_path / "ledger.jsonl"), 0)
+    steps(clock, phases, 4)
+    ledger.write(4)
+    steps(clock, phases, 1)  # not written before it goes back
+    ledger.write(3)
+    steps(clock, phases, 2)
+    ledger.write(5)
+    found = ledger.account()
+    assert (found.seconds["train"], found.seconds["lost steps"]) == (5 * 3, 2 * 4)
+    assert (found.wall, found.starts) == (clock.now, 1)
+
+
 def test_looking_at_a_finished_run_later_is_no_downtime(tmp_path):
     file, clock = str(tmp_path / "ledger.jsonl"), Clock()
     _, ledger = start(clock, file, 0)
