@@ -92,9 +92,11 @@ class Account(NamedTuple):
     @property
     def goodput(self) -> float:
         """The share of it in which steps were trained that counted."""
-        return self.seconds["train"] / self.wall if self.wall else 0.0
+        return self.seconds["train"] / self.wall
 
     def __str__(self) -> str:
+        if not self.wall:
+            return "goodput: nothing is known of this run's time"
         shares = ", ".join(
             f"{kind} {100 * self.seconds[kind] / self.wall:.1f} %"
             for kind in KINDS
@@ -162,6 +164,15 @@ class Ledger:
         self._lines = read_metrics(file) if file else []
         self._start = 1 + (self._lines[-1]["start"] if self._lines else 0)
         self._written = dict.fromkeys(PHASES, 0.0)
+        self._begun = False
+
+    def begin(self, step: int) -> None:
+        """The first line of a start, or of its going on after it was rolled back to `step`.
+
+        Without it nothing is written: a start that finds the run finished is not part of its life.
+        """
+        self._begun = True
+        self.write(step)
 
     def write(self, step: int, **more: bool) -> None:
         """Adds a line: what happened since the last one, in which the run came to `step`.
@@ -169,6 +180,8 @@ class Ledger:
         A step before that of the last line, where a start or a run that was rolled back begins, is
         what makes the training beyond it lost.
         """
+        if not self._begun:
+            return
         until_now = self._phases.seconds()
         spent = {kind: round(until_now[kind] - self._written[kind], 4) for kind in PHASES}
         line = {

@@ -34,7 +34,7 @@ def start(clock, file, restored):
     with phases("restore"):
         clock.sleep(1)
     phases.enter("train")
-    ledger.write(restored)
+    ledger.begin(restored)
     return phases, ledger
 
 
@@ -125,7 +125,7 @@ def test_steps_that_are_rolled_back_are_lost(tmp_path):
     steps(clock, phases, 4)
     ledger.write(4)
     steps(clock, phases, 1)  # not written before it goes back
-    ledger.write(3)
+    ledger.begin(3)
     steps(clock, phases, 2)
     ledger.write(5)
     found = ledger.account()
@@ -138,8 +138,16 @@ def test_looking_at_a_finished_run_later_is_no_downtime(tmp_path):
     _, ledger = start(clock, file, 0)
     ledger.write(5, finished=True)
     clock.sleep(1e6)
-    _, ledger = start(clock, file, 5)
+    phases = Phases(clock)
+    ledger = Ledger(file, phases, clock.wall)
+    ledger.write(5, finished=True)  # without having begun
+    assert len(read_metrics(file)) == 2
+    _, ledger = start(clock, file, 5)  # its last checkpoint was damaged, say
     assert ledger.account().seconds["downtime"] == 0
+
+
+def test_of_a_run_without_a_ledger_nothing_is_known():
+    assert str(account([])) == "goodput: nothing is known of this run's time"
 
 
 @pytest.mark.parametrize("jump", [-500.0, 500.0])
@@ -186,7 +194,7 @@ from hybrid_flax.goodput import Ledger, Phases
 phases = Phases()
 ledger = Ledger(sys.argv[1], phases)
 phases.enter("train")
-ledger.write(0)
+ledger.begin(0)
 for step in itertools.count(1):
     with phases("input wait"):
         time.sleep(0.01)
@@ -208,7 +216,7 @@ def test_the_ledger_of_a_killed_process_sums_to_the_wall_time(tmp_path):
         process.wait()
         process.stdout.close()
     ledger = Ledger(str(file), Phases())
-    ledger.write(0)
+    ledger.begin(0)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [lines[0]["start"], lines[-1]["start"]] == [1, 3]
     found = ledger.account()
