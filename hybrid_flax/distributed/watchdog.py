@@ -4,6 +4,7 @@ A dead disk, a lost process of a pod or a stuck device rarely raise an error: ev
 waits for this process, a scheduler or the other processes of a pod, can go on when it ends.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -54,7 +55,7 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self):
-        while not self._left.wait(min(self._seconds / 10, 5.0)):
+        while not self._left.wait(min(self._seconds / 10, 1.0)):
             phase, silent, first = self._phases.silence()
             limit = self._seconds * (_FIRST_TIME if first else 1)
             if silent > limit:
@@ -72,22 +73,22 @@ class Watchdog:
                 "(--config.watchdog_seconds). It ends with status 124; the same command continues "
                 "from the last checkpoint. What every thread is doing:\n"
             )
-            self._say(2, text)
-            if self._file:
-                with open(self._file, "a") as stream:
-                    self._say(stream.fileno(), text)
-            memory = f"{_device_memory()}\n"
-            os.write(2, memory.encode())
-            if self._file:
-                with open(self._file, "a") as stream:
-                    stream.write(memory)
+            self._write(text, with_stacks=True)
+            self._write(f"{_device_memory()}\n", with_stacks=False)
             sys.stdout.flush()
         finally:
             os._exit(STALLED)
 
-    @staticmethod
-    def _say(descriptor: int, text: str):
-        os.write(descriptor, text.encode())
+    def _write(self, text: str, *, with_stacks: bool):
+        _write(2, text, with_stacks)  # stderr first: the disk may be what hangs
+        if self._file:
+            with contextlib.suppress(OSError), open(self._file, "a") as stream:
+                _write(stream.fileno(), text, with_stacks)
+
+
+def _write(descriptor: int, text: str, with_stacks: bool) -> None:
+    os.write(descriptor, text.encode())
+    if with_stacks:
         faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
