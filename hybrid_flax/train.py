@@ -9,6 +9,7 @@ directory (`run`), writes and speaks; what it alone knows it tells the others (`
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -38,13 +39,16 @@ from hybrid_flax.distributed.preemption import StopSignal
 from hybrid_flax.distributed.processes import from_first, is_first
 from hybrid_flax.distributed.rules import shares, show_shares
 from hybrid_flax.distributed.transfer import place, to_all, whole
+from hybrid_flax.distributed.watchdog import Watchdog
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
+from hybrid_flax.goodput import Ledger, Phases
 from hybrid_flax.init_from import initial_weights
+from hybrid_flax.profiling import Profile
 from hybrid_flax.program import CompiledOnce, Program, training_program
 from hybrid_flax.training.metrics import MetricWriter, draw_curves
 from hybrid_flax.training.non_finite import Mishaps, NonFiniteStep, is_finite
-from hybrid_flax.training.progress import Progress
+from hybrid_flax.training.progress import Progress, seconds_at_peak
 from hybrid_flax.training.step import State, make_eval_step, weights_of
 from hybrid_flax.workdir import Workdir, to_plain
 
@@ -59,12 +63,18 @@ class Job(NamedTuple):
     train_source: Source
     val_source: Source
     stop: StopSignal
+    phases: Phases
+    ledger: Ledger
+    profile: Profile
     run: Workdir | None  # in the first process; the others write nothing
     checkpoints: Checkpoints | None  # likewise
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> int:
+def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "") -> int:
     """Trains until the config's last epoch, continuing what the work directory holds.
+
+    Args:
+      profile: "FIRST:LAST" steps to record into WORKDIR/profile; "": none.
 
     Returns:
       The exit status: 0 when the run is finished, 128 + the signal after a stop that was asked for.
@@ -73,8 +83,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
       InputError: the config, the data or the work directory cannot be used.
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
+    phases = Phases()
     config = ml_collections.ConfigDict(config)
     check(config)
+    recorder = Profile(profile if is_first() else "", os.path.join(workdir, "profile"))
     train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
     mesh = make_mesh(**config.mesh)
@@ -82,6 +94,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Workdir(workdir, config)) if is_first() else None
         stop = stack.enter_context(StopSignal())
+        stall = os.path.join(workdir, f"stall-{jax.process_index()}.txt")
+        stack.enter_context(Watchdog(phases, config.watchdog_seconds, stall))
+        stack.callback(recorder.close)
         steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
         program = training_program(config, mesh, steps_per_epoch)
         job = Job(
@@ -92,13 +107,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
             train_source,
             val_source,
             stop,
+            phases,
+            Ledger(run.ledger if run else None, phases),
+            recorder,
             run,
-            Checkpoints(run.checkpoints, keep=config.checkpoint.keep) if run else None,
+            _checkpoints(config, run) if run else None,
         )
         _introduce(job, steps_per_epoch)
         rolled_back_from = None
         while True:
-            step, state, mishaps = _begin_or_continue(job, rolled_back_from)
+            with phases("restore"):
+                step, state, mishaps = _begin_or_continue(job, rolled_back_from)
+            phases.enter("train")
             try:
                 return _loop(job, steps_per_epoch, step, state, mishaps)
             except NonFiniteStep as error:
@@ -165,7 +185,10 @@ def _begin_or_continue(
 
 def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mishaps) -> int:
     config, mesh, run, checkpoints = job.config, job.mesh, job.run, job.checkpoints
+    phases, ledger = job.phases, job.ledger
     total_steps = config.epochs * steps_per_epoch
+    if checkpoints and step < total_steps:
+        checkpoints.check_space(job.program.state)
     eval_every = config.eval.every_epochs * steps_per_epoch
     eval_step = make_eval_step(
         bridge.as_function(job.program.model), config, mesh, weights_of(job.program.shardings)
@@ -189,13 +212,26 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         "read the evaluations", lambda: [r for r in writer.records if "val/top1" in r]
     )
     evaluated = {record["step"]: record for record in evaluations}
-    progress = Progress(config.batch_size, step, total_steps)
+    save_every = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if total_steps not in evaluated:
+        ledger.begin(step)
+    if checkpoints:
+        for at, record in evaluated.items():
+            checkpoints.rate(at, _score(record))
+    progress = Progress(
+        phases,
+        batch_size=config.batch_size,
+        step=step,
+        total_steps=total_steps,
+        seconds_at_peak=seconds_at_peak(config, job.program.model, mesh.size),
+    )
     pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics that are still on the device)
     unreadable = 0
 
     def agree(waited: float = 0.0) -> bool:
         """Whether any process was asked to stop."""
         nonlocal known
+        phases.alive()
         known = agreement.at_step(job.stop.received, waited)
         return known.stop is not None
 
@@ -221,11 +257,19 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
             if mishaps != Mishaps():
                 numbers |= mishaps._asdict()
             write(at, {f"train/{name}": float(x) for name, x in numbers.items()})
+            ledger.write(at)
 
     def save() -> None:
-        tree = whole(state)
-        if checkpoints:
-            checkpoints.save(step, tree, _meta(job, mishaps))
+        with phases("save"):
+            tree = whole(state)
+            if checkpoints:
+                checkpoints.save(step, tree, _meta(job, mishaps))
+        ledger.write(step)
+
+    def is_among_best() -> bool:
+        return from_first(
+            "rate the evaluation", lambda: checkpoints.rate(step, _score(evaluated[step]))
+        )
 
     with contextlib.ExitStack() as stack:
         for each in (writer, progress, batches):
@@ -235,7 +279,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
             if step and (step % eval_every == 0 or step == total_steps) and step not in evaluated:
                 log(len(pending))
                 averaged = {"val_ema": state["ema"]} if "ema" in state else {}
-                with progress.paused():
+                with phases("evaluate"):
                     results = evaluate(
                         eval_step,
                         {"val": weights_of(state), **averaged},
@@ -246,34 +290,47 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
                     )
                 if results is None:
                     break
-                evaluated[step] = write(step, bridge.flatten(results))
+                ledger.write(step)
+                account = ledger.account()
+                numbers = bridge.flatten(results) | {"run/goodput": account.goodput}
+                evaluated[step] = write(step, numbers)
                 if run:
                     draw_curves(writer.records, run.curves, f"{config.model.name}, {run.path}")
-                progress.say(f"step {step}:\n{show_results(results)}")
+                progress.say(f"step {step}:\n{show_results(results)}\n  {account}")
+                if config.checkpoint.keep_best and is_among_best():
+                    save()
             if step == total_steps:
                 break
-            with progress.waiting():
+            with phases("input wait"):
                 batch, skipped = next(feed)
+                if pending and not pending[-1][1]["loss"].is_ready():
+                    phases.was("train")  # the devices had work meanwhile
             unreadable += skipped
-            state, metrics = job.train_step(state, batch)
+            with job.profile.step(step + 1), phases("train" if progress.begun else "compile"):
+                state, metrics = job.train_step(state, batch)
+                if not progress.begun:
+                    jax.block_until_ready(metrics)
             step += 1
+            job.profile.after(step, metrics)
             pending.append((step, metrics))
             progress.stepped()
             if (step - 1) % config.log_every_steps == 0:
                 log(len(pending) - 1)  # one step late: the device must never wait for us
-            if step % config.checkpoint.every_steps == 0 or step == total_steps:
+            if step == total_steps or any(n and step % n == 0 for n in save_every):
                 log(len(pending))
-                with progress.paused():
-                    save()
+                save()
         log(len(pending))
         save()
-        from_first("write the last checkpoint", lambda: checkpoints.wait())
+        with phases("save"):
+            from_first("write the last checkpoint", lambda: checkpoints.wait())
+        ledger.write(step, finished=step == total_steps)
 
     if total_steps not in evaluated:
         print(f"stopped by {known.stop.name}; step {step} is saved, the same command continues")
         return 128 + known.stop
     print(f"finished: {total_steps} steps of {config.model.name}")
     print(show_results(bridge.unflatten(evaluated[total_steps])))
+    print(f"  {ledger.account()}")
     return 0
 
 
@@ -286,6 +343,17 @@ def _feed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[dict[str, jax.
         if ahead:
             yield ahead
         ahead = on_devices, int(batch["unreadable"].sum())
+
+
+def _checkpoints(config: ml_collections.ConfigDict, run: Workdir) -> Checkpoints:
+    keep = config.checkpoint.to_dict()
+    del keep["every_steps"]
+    return Checkpoints(run.checkpoints, **keep)
+
+
+def _score(record: dict[str, Any]) -> float:
+    """Top-1 of an evaluation, of the averaged weights if there are any."""
+    return record.get("val_ema/top1", record["val/top1"])
 
 
 def _meta(job: Job, mishaps: Mishaps) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Workdir:
         self.path = os.path.abspath(path)
         self.checkpoints = os.path.join(self.path, "checkpoints")
         self.metrics = os.path.join(self.path, "metrics.jsonl")
+        self.ledger = os.path.join(self.path, "ledger.jsonl")
         self.curves = os.path.join(self.path, "curves.png")
         self._config = config
 

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from hybrid_flax.goodput import Phases
 from hybrid_flax.training.metrics import MetricWriter, draw_curves, read_metrics
 from hybrid_flax.training.progress import Progress
 
@@ -68,21 +69,65 @@ def test_curves_are_drawn_with_and_without_an_average(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
-def test_speed_counts_steps_but_neither_the_first_nor_pauses(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    progress = Progress(batch_size=10, step=0, total_steps=100)
-    now[0] = 30.0  # compiling
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def running():
+    """A clock, and phases after 30 s of compiling the first step, which waited 9 s for images."""
+    clock = Clock()
+    phases = Phases(clock)
+    phases.enter("train")
+    return clock, phases
+
+
+def first_step(progress, clock, phases):
+    with phases("input wait"):
+        clock.now += 9
+    with phases("compile"):
+        clock.now += 30
     progress.stepped()
+
+
+def step(progress, clock, phases):
+    with phases("input wait"):
+        clock.now += 0.5
+    clock.now += 1.5
+    progress.stepped()
+
+
+def test_speed_counts_steps_but_neither_the_first_nor_pauses(running, capsys):
+    progress = Progress(running[1], batch_size=10, step=0, total_steps=100)
+    first_step(progress, *running)
     for _ in range(4):
-        with progress.waiting():
-            now[0] += 0.5
-        now[0] += 1.5
-        progress.stepped()
-    with progress.paused():
-        now[0] += 1000.0
-    speed = progress.report(5, 0.25)
-    assert speed == {"images_per_second": pytest.approx(5.0), "input_wait": pytest.approx(0.25)}
-    assert "step 5/100: loss 0.2500, 5 images/s, 0:03:10 left" in capsys.readouterr().out
+        step(progress, *running)
+    with running[1]("evaluate"):
+        running[0].now += 1000
+    with running[1]("save"):
+        running[0].now += 3
+    assert progress.report(5, 0.25) == {
+        "seconds_per_step": 2.0,
+        "images_per_second": 5.0,
+        "input_wait": 0.25,
+        "checkpoint_seconds": 3.0,
+    }
+    assert (
+        "step 5/100: loss 0.2500, 5 images/s, 2 s/step, input wait 25%, saving 3.0 s, 0:03:10 left"
+        in capsys.readouterr().out
+    )
     assert progress.report(5, 0.25) == {}  # no step since
+    progress.close()
+
+
+def test_utilisation_is_the_share_of_the_least_time_a_step_could_take(running, capsys):
+    progress = Progress(running[1], batch_size=10, step=7, total_steps=9, seconds_at_peak=0.5)
+    first_step(progress, *running)
+    assert progress.report(8, 1.0) == {}  # it compiled
+    step(progress, *running)
+    assert progress.report(9, 1.0)["mfu"] == 0.25
+    assert "input wait 25%, MFU 25%, 0:00:00 left" in capsys.readouterr().out
     progress.close()
