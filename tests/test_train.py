@@ -15,6 +15,7 @@ from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.errors import TrainingError
+from hybrid_flax.goodput import account
 from hybrid_flax.program import CompiledOnce
 from hybrid_flax.train import train
 from hybrid_flax.training.metrics import read_metrics
@@ -174,6 +175,12 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
     assert learning(killed)[-1] == learning(whole)[-1]
     seen, want = order(tmp_path / "killed.txt"), order(tmp_path / "whole.txt")
     assert {step: seen[step] for step in want} == want
+    lines = read_metrics(killed / "ledger.jsonl")
+    found = account(lines)
+    life = lines[-1]["time"] - lines[0]["time"] + lines[0]["elapsed"]
+    assert found.starts == 4
+    assert found.wall == pytest.approx(life, abs=0.1)
+    assert found.seconds["lost steps"] > 0
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -1,6 +1,5 @@
 """What a whole run says of itself: speed, time, checkpoints to keep, and that it hangs."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -88,26 +87,6 @@ def test_the_steps_asked_for_are_recorded(run):
     assert f"recorded steps 4 to 5 in {folder}/profile" in said
     with pytest.raises(ValueError, match="--profile=5: expected the first and the last step"):
         train(config(), str(folder), profile="5")
-
-
-def test_what_is_done_again_was_lost(run, tmp_path):
-    """The run goes on from step 8; its profile was of earlier steps."""
-    folder = shutil.copytree(run[0], tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "10")
-    shutil.rmtree(folder / "profile")
-    file = folder / "ledger.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join(line for line in lines if "finished" not in line))
-    assert train(config(), str(folder), profile="4:5") == 0
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    found = account(lines)
-    assert (found.starts, lines[-1]["step"], lines[-1]["finished"]) == (2, 10, True)
-    assert found.seconds["lost steps"] > 0
-    assert found.seconds["downtime"] > 0
-    first, last = lines[0], lines[-1]
-    life = last["time"] - first["time"] + first["elapsed"]
-    assert found.wall == pytest.approx(life, abs=0.1)
-    assert not (folder / "profile").exists()
 
 
 def test_a_run_needs_room_for_a_checkpoint(tmp_path, monkeypatch):
