@@ -1,5 +1,7 @@
 """A small GC ViT on scikit-learn's handwritten digits: minutes on a laptop CPU, no download.
 
+Row "GC ViT, XXT to T2" of docs/recipes.md with the changes below, which are ours.
+
 python -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
