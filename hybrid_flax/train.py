@@ -195,7 +195,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
     )
     val_transform = EvalTransform.from_config(config, job.val_source)
     agreement = Agreement(mesh)
-    known = Known(None, [])
+    known = Known(None, [0.0] * jax.process_count())
     batches = train_batches(
         TrainTransform.from_config(config, job.train_source),
         batch_size=config.batch_size,
@@ -226,13 +226,14 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         seconds_at_peak=seconds_at_peak(config, job.program.model, mesh.size),
     )
     pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics that are still on the device)
+    waited = known.waited  # when something was last logged
     unreadable = 0
 
-    def agree(waited: float = 0.0) -> bool:
+    def agree() -> bool:
         """Whether any process was asked to stop."""
         nonlocal known
         phases.alive()
-        known = agreement.at_step(job.stop.received, waited)
+        known = agreement.at_step(job.stop.received, phases.seconds()["input wait"])
         return known.stop is not None
 
     def write(step: int, numbers: dict[str, float]) -> dict[str, float]:
@@ -240,7 +241,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
 
     def log(count: int) -> None:
         """Fetches, checks and records the metrics of the `count` oldest pending steps."""
-        nonlocal mishaps
+        nonlocal mishaps, waited
         fetched = [(at, jax.device_get(metrics)) for at, metrics in pending[:count]]
         del pending[:count]
         for at, metrics in fetched:
@@ -251,7 +252,9 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
             at, numbers = fine[-1]
             del numbers["non_finite"]
             numbers["loss"] = np.mean([metrics["loss"] for _, metrics in fine])
-            numbers |= progress.report(at, float(numbers["loss"]))
+            waits = [now - before for now, before in zip(known.waited, waited, strict=True)]
+            waited = known.waited
+            numbers |= progress.report(at, float(numbers["loss"]), waits)
             if unreadable:
                 numbers["unreadable_images"] = unreadable
             if mishaps != Mishaps():

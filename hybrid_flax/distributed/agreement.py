@@ -19,7 +19,7 @@ class Known(NamedTuple):
     """Of all processes, at one step."""
 
     stop: signal.Signals | None  # that one of them received
-    waited: list[float]  # seconds each of them waited for input in this step
+    waited: list[float]  # seconds each of them has waited for input so far
 
 
 class Agreement:
@@ -34,7 +34,7 @@ class Agreement:
         self._rows = [owners.index(process) for process in range(jax.process_count())]
         self._pending: jax.Array | None = None
 
-    def at_step(self, stop: signal.Signals | None, waited: float = 0.0) -> Known:
+    def at_step(self, stop: signal.Signals | None, waited: float) -> Known:
         """Tells the others this, and returns what all told one call earlier (alone: now)."""
         mine = np.array([[stop or 0, waited]], np.float32)
         if self._alone:

@@ -1,6 +1,7 @@
 """What a person sees while a run trains, and how fast it is."""
 
 import datetime
+from collections.abc import Sequence
 
 import ml_collections
 from flax import nnx
@@ -55,11 +56,13 @@ class Progress:
         if self._reported is None:
             self._reported = self._first, self._phases.seconds()
 
-    def report(self, step: int, loss: float) -> dict[str, float]:
+    def report(self, step: int, loss: float, waits: Sequence[float] = ()) -> dict[str, float]:
         """Shows where the run is.
 
         Args:
           step: the last one that is known to be finished.
+          waits: seconds that each process has waited for input since the last report; where there
+            are several, the one that waits longest holds up all.
 
         Returns:
           Speeds since the last report; {} if there was no step since:
@@ -67,6 +70,7 @@ class Progress:
           "images_per_second"  the same, the other way round
           "input_wait"         the share of it in which the devices had nothing to do
           "checkpoint_seconds" for which saving held training up
+          "slowest_process", "slowest_input_wait"  its number and its seconds, of several processes
           "mfu"                model FLOPs utilisation, a share of the chips' peak, if that is known
         """
         before, spent = self._reported
@@ -85,6 +89,11 @@ class Progress:
         text = f"loss {loss:.4f}, {speeds['images_per_second']:.0f} images/s, {seconds:.3g} s/step"
         if wait / (train + wait) >= 0.01:
             text += f", input wait {speeds['input_wait']:.0%}"
+        if len(waits) > 1:
+            slowest = max(range(len(waits)), key=waits.__getitem__)
+            speeds |= {"slowest_process": slowest, "slowest_input_wait": waits[slowest]}
+            if waits[slowest] >= 0.05 * (train + wait):
+                text += f", process {slowest} waited {waits[slowest]:.1f} s for input"
         if save >= 0.1:
             text += f", saving {save:.1f} s"
         if self._seconds_at_peak:
