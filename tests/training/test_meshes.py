@@ -1,0 +1,96 @@
+"""The same step on every mesh: what is learned does not depend on where the arrays lie.
+
+The model has batch norms, and images are mixed in groups that lie across the devices.
+"""
+
+import functools
+import importlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybrid_flax import bridge
+from hybrid_flax.config import build_model
+from hybrid_flax.distributed.mesh import make_mesh, to_devices
+from hybrid_flax.distributed.transfer import place
+from hybrid_flax.program import training_program
+
+
+def config(**overrides):
+    config = importlib.import_module("configs.l2vit_t").get_config()
+    with config.unlocked():
+        config.model.overrides = {"dim": 32, "depths": (2, 1, 1, 1)}
+    config.model.num_classes = 10
+    config.model.image_size = 64
+    config.model.dtype = "float32"
+    config.batch_size = 16
+    config.augment.mix_group = 4
+    config.optimizer.name = "sgd"  # Adam's first steps make whole numbers of rounding errors
+    config.optimizer.learning_rate = 1e-2
+    config.schedule.warmup_epochs = 0.0
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in overrides.items()}
+    )
+    return config
+
+
+@functools.cache
+def weights():
+    model = build_model(config(), rngs=nnx.Rngs(0))
+    return jax.device_get(bridge.get_weights(model))
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (16, 64, 64, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, 16, dtype=np.int32),
+    }
+
+
+def run(count=8, **overrides):
+    """([(loss, gradient norm)], final state) of two steps."""
+    settings = config(**overrides)
+    mesh = make_mesh(jax.devices()[:count], **settings.mesh)
+    program = training_program(settings, mesh, 10)
+    state = place(jax.jit(program.begin)(weights()), program.shardings)
+    metrics = []
+    for seed in range(2):
+        state, found = program.train_step(state, to_devices(batch(seed), mesh))
+        metrics.append((float(found["loss"]), float(found["grad_norm"])))
+    return metrics, state
+
+
+@functools.cache
+def one_device(accumulation_steps):
+    metrics, state = run(1, accumulation_steps=accumulation_steps)
+    return metrics, jax.device_get(bridge.flatten(state))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kernel"),
+    [
+        ({}, (64, 256)),
+        ({"mesh__fsdp": 8}, (64, 32)),
+        ({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, (32, 128)),
+        ({"sharding__optimizer_over_data": True, "model__remat": "blocks"}, (64, 256)),
+        ({"mesh__num_slices": 2, "mesh__fsdp": 4, "accumulation_steps": 2}, (64, 64)),
+    ],
+    ids=str,
+)
+def test_every_mesh_learns_the_same(overrides, kernel):
+    want, state_wanted = one_device(overrides.get("accumulation_steps", 1))
+    got, state = run(**overrides)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    flat = bridge.flatten(state)
+    for path, array in state_wanted.items():
+        scale = np.abs(array).max() + 1e-3
+        np.testing.assert_allclose(
+            np.asarray(flat[path]) / scale, array / scale, atol=1e-3, err_msg=path
+        )
+    fc1 = "stages/1/blocks/0/mlp/fc1/kernel"
+    assert flat[f"params/{fc1}"].addressable_shards[0].data.shape == kernel
+    if "sharding__optimizer_over_data" in overrides:
+        assert flat[f"ema/params/{fc1}"].addressable_shards[0].data.shape == (64, 32)
