@@ -1,0 +1,201 @@
+"""What the text of a compiled program says: what passes between chips, and its largest arrays."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "f64": 8}
+_LINE = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\((.*)$", re.MULTILINE)
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_PLACED = re.compile(_ARRAY.pattern + r"(?:\{([^}]*)\})?")  # with its layout
+
+
+class Collective(NamedTuple):
+    """One instruction by which chips exchange arrays. Bytes are those of one chip."""
+
+    kind: str  # one of KINDS
+    bytes: int  # of the results
+    chips: int  # that take part together; slices, where it is between them
+    between_slices: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a chip sends at least: around a ring."""
+        others = (self.chips - 1) / self.chips
+        return {
+            "all-reduce": 2 * others * self.bytes,
+            "all-gather": others * self.bytes,
+            "reduce-scatter": (self.chips - 1) * self.bytes,
+            "all-to-all": others * self.bytes,
+            "collective-permute": self.bytes,
+        }[self.kind]
+
+
+def find_collectives(text: str) -> Iterator[Collective]:
+    """All of a program, each once, however often a loop runs it; none within a single chip.
+
+    TPUs exchange arrays between slices through their hosts: such a transfer says in its attributes
+    which collective it is part of. A fusion named all-reduce-scatter is a reduce-scatter.
+    """
+    everyone = int((re.search(r"num_partitions=(\d+)", text) or [0, 1])[1])
+    fused = {}  # what a computation returns, for the bodies of such fusions
+    for match in re.finditer(r"^%?(all-reduce-scatter\S*) .* -> (.*) \{$", text, re.MULTILINE):
+        fused[match.start()] = match.end(), match[2]
+    ends = [(start, text.find("\n}", end), result) for start, (end, result) in fused.items()]
+    for line in _LINE.finditer(text):
+        shapes, operation, rest = line[2], line[3], line[4]
+        if operation == "recv" and (kind := re.search(r'transfer_type="(\w+)"', rest)):
+            kind = kind[1].lower().replace("_", "-")
+            target = re.search(r'megascale_target="\{([\d,]*)\}', rest)
+            slices = target[1].count(",") + 1 if target else 2
+            if kind in KINDS.split("|"):
+                yield Collective(kind, _sizes(shapes)[0], slices, True)
+            continue
+        kind = operation.removesuffix("-start")
+        if kind not in KINDS.split("|"):
+            continue
+        chips = _group_size(rest, everyone)
+        if chips == 1:
+            continue
+        sizes = _sizes(shapes)
+        # What begins an all-gather has its operands beside its results.
+        if operation != kind and kind != "all-reduce":
+            sizes = sizes[len(sizes) // 2 :]
+        for start, end, result in ends:
+            if start < line.start() < end:
+                kind, sizes = "reduce-scatter", _sizes(result)
+        yield Collective(kind, sum(sizes), chips, False)
+
+
+def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
+    """{"within" or "between" slices: {kind: {"count", "bytes", "sent"}}} of a compiled program."""
+    found = {}
+    for one in find_collectives(text):
+        part = found.setdefault("between" if one.between_slices else "within", {})
+        total = part.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0})
+        total["count"] += 1
+        total["bytes"] += one.bytes
+        total["sent"] += round(one.sent)
+    return found
+
+
+class Gathered(NamedTuple):
+    """The result of an all-gather."""
+
+    array: str  # f32[512,256]
+    of: frozenset[str]  # arguments of the program that it is made of; none: of computed values
+
+
+def gathered(text: str) -> list[Gathered]:
+    """What a compiled program gathers from several chips, and from which of its arguments.
+
+    An argument's name is its path, such as `state['ema']['params']['head']['bias']`. It is found
+    through what keeps the number of elements (conversions, copies, elementwise fusions), not
+    through loops.
+    """
+    lines = {match[1]: match for match in _LINE.finditer(text)}
+
+    def arguments(name: str, seen: set[str]) -> Iterator[str]:
+        if name in seen or name not in lines:
+            return
+        seen.add(name)
+        _, shapes, operation, rest = lines[name].groups()
+        if operation == "parameter":
+            if path := re.search(r'op_name="(?!jit\()([^"]*)"', rest):
+                yield path[1].replace("\\'", "'")
+            return
+        if re.fullmatch(rf"({KINDS})(-start|-done)?", operation):
+            return
+        for operand in _operands(rest):
+            if operand in lines and _counts(lines[operand][2]) & _counts(shapes):
+                yield from arguments(operand, seen)
+
+    found = []
+    for line in lines.values():
+        if line[3] in ("all-gather", "all-gather-start"):
+            results = _ARRAY.findall(line[2])
+            if line[3] == "all-gather-start":
+                results = results[len(results) // 2 :]
+            operands = _operands(line[4])
+            for (dtype, dims), operand in zip(results, operands, strict=False):
+                found.append(Gathered(f"{dtype}[{dims}]", frozenset(arguments(operand, set()))))
+    return found
+
+
+def largest(text: str, count: int = 5) -> list[dict[str, Any]]:
+    """The largest arrays of a compiled program, and what computes them."""
+    found = {}
+    for line in _LINE.finditer(text):
+        array, operation = re.match(r"\w+\[[\d,]*\]", line[2]), line[3]
+        if not array or operation in ("parameter", "get-tuple-element", "bitcast"):
+            continue
+        origin = re.search(r'op_name="([^"]*)"', line[4])
+        entry = {"array": array[0], "by": origin[1].split("/", 1)[-1] if origin else operation}
+        found.setdefault(array[0], entry | {"bytes": sum(_sizes(array[0]))})
+    return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
+
+
+_NO_TRAFFIC = "parameter get-tuple-element bitcast tuple constant while conditional partition-id"
+
+
+def memory_traffic(text: str) -> int:
+    """Bytes that a program's instructions read and write in a chip's main memory.
+
+    The arguments and results of each, but for those that the compiler keeps beside the cores (it
+    marks them S(1)). What loops do is left out; what an instruction reads in part counts whole.
+    """
+    here, total = {}, 0
+    for line in _LINE.finditer(text, text.index("\nENTRY ")):
+        name, shapes, operation, rest = line.groups()
+        parts = [
+            0 if "S(" in layout else _BYTES.get(dtype, 4) * _count(dims)
+            for dtype, dims, layout in re.findall(
+                r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?", shapes
+            )
+        ]
+        here[name] = sum(parts)
+        if operation in (
+            "copy-start",
+            "slice-start",
+            "async-start",
+        ):  # as much as the smaller of its ends
+            ends = [size for size in _sizes(shapes) if size > 4]
+            total += min(ends, default=0) * sum(part > 4 for part in parts)
+        elif operation not in _NO_TRAFFIC.split() and not operation.endswith("-done"):
+            total += here[name] + sum(here.get(operand, 0) for operand in _operands(rest))
+    return total
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.-]+)", rest.partition(")")[0])
+
+
+def _counts(shapes: str) -> set[int]:
+    """Numbers of elements of the arrays in a result, scalars aside."""
+    return {_count(dims) for _, dims in _ARRAY.findall(shapes)} - {1}
+
+
+def _count(dims: str) -> int:
+    return math.prod(int(dim) for dim in dims.split(",") if dim)
+
+
+def _sizes(shapes: str) -> list[int]:
+    return [_BYTES.get(dtype, 4) * _count(dims) for dtype, dims in _ARRAY.findall(shapes)]
+
+
+def _group_size(rest: str, everyone: int) -> int:
+    """How many chips take part in a collective together; text may say that in four ways."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
+        moved = [pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
+        return 2 if moved else 1
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if shape := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(shape[2])
+    if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return groups[1].count(",") + 1
+    return everyone
