@@ -3,19 +3,24 @@
 python -m hybrid_flax.plan --config=configs/gcvit_l.py --topology=v5e:16x16 [--largest_batch]
 
 The very step that `hybrid_flax.main` would run is compiled by the machines' own compiler, for the
-config's batch split over all chips. Topologies are v4, v5e, v5p and v6e with a shape that the
-compiler knows (v5e:2x4, v5p:4x4x8), and h200:8. TPUs need `pip install libtpu`, the H200
-`pip install "jax[cuda13]"`; neither needs a chip. `--json=FILE` keeps the figures. Speed is not
-foretold: a compiler does not know it.
+config's batch and mesh; with --config.mesh.num_slices=2 for two slices of that topology. TPUs need
+`pip install libtpu`, the H200 `pip install "jax[cuda13]"`; neither needs a chip. It takes minutes,
+nearly all of them for machine code: `--quick` stops before it is made, on TPUs. `--json=FILE` keeps
+the figures, `--json=-` prints them alone.
+
+Speed is not foretold: a compiler does not know it. `--scaling` shows what a simple model makes of
+the figures (scaling.py says what it assumes).
 """
 
 import collections
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,22 +30,24 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from hybrid_flax import cli
+from hybrid_flax import buffers, cli, scaling
+from hybrid_flax.compiled import collectives, largest, memory_traffic
 from hybrid_flax.config import check
-from hybrid_flax.distributed.mesh import batch_sharded, check_batch_size, make_mesh, replicated
+from hybrid_flax.distributed.mesh import batch_parts, batch_sharded, check_batch_size, make_mesh
 from hybrid_flax.errors import InputError
 from hybrid_flax.flops import training_flops
-from hybrid_flax.program import training_program
+from hybrid_flax.program import Program, training_program
 from hybrid_flax.versions import versions
 from pallas.dispatch import recorded
 
 GIB = 2**30
 MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "h200": 141e9}
+_SQUARES = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+_CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, 8x8x16, 8x16x16"
+SHAPES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES, "h200": "1 to 8"}
 EXAMPLES = "v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, h200:8"
 IMAGENET = 1_281_167  # training images, for schedules that count epochs
 H200 = pathlib.Path(__file__).parent.parent / "benchmarks" / "targets" / "h200.textproto"
-_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "f64": 8}
 
 
 class Target(NamedTuple):
@@ -49,7 +56,7 @@ class Target(NamedTuple):
     name: str  # v5e:16x16
     chip: str
     platform: str  # "tpu" or "cuda"
-    mesh: Mesh
+    devices: Sequence[jax.Device]  # of all slices
 
     @property
     def memory(self) -> float:
@@ -57,11 +64,19 @@ class Target(NamedTuple):
         return MEMORY[self.chip]
 
 
-def find_target(name: str) -> Target:
-    """The machines of that name; InputError for an unknown one, or without their compiler."""
+def find_target(name: str, num_slices: int = 1) -> Target:
+    """The machines of that name, so many slices of them.
+
+    Raises:
+      InputError: an unknown name, or their compiler is not installed.
+    """
     chip, _, shape = name.partition(":")
+    known = "\n".join(f"  {chip}: {shapes}" for chip, shapes in SHAPES.items())
     if chip not in MEMORY or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise InputError(f"--topology={name}: expected a chip and a shape, such as {EXAMPLES}")
+        raise InputError(
+            f"--topology={name}: expected a chip and a shape, such as {EXAMPLES}. Known are\n"
+            f"{known}"
+        )
     gpu = chip == "h200"
     needed, install = ("jax_cuda13_plugin", '"jax[cuda13]"') if gpu else ("libtpu", "libtpu")
     if importlib.util.find_spec(needed) is None:
@@ -72,61 +87,64 @@ def find_target(name: str) -> Target:
     try:
         if gpu:
             topology = topologies.get_topology_desc(
-                platform="cuda", target_config=H200.read_text(), topology=f"1x1x{int(shape)}"
+                platform="cuda",
+                target_config=H200.read_text(),
+                topology=f"{num_slices}x1x{int(shape)}",
             )
         else:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        mesh = make_mesh(topology.devices)
+            slices = {"num_slices": num_slices} if num_slices > 1 else {}
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"--topology={name}: the compiler knows no such machines ({reason}). Among those it "
-            f"knows are {EXAMPLES}"
+            f"knows are\n{known}"
         ) from error
-    return Target(name, chip, "cuda" if gpu else "tpu", mesh)
+    return Target(name, chip, "cuda" if gpu else "tpu", topology.devices)
 
 
-def plan(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
+def plan(config: ml_collections.ConfigDict, target: Target, quick: bool = False) -> dict[str, Any]:
     """Compiles the config's training step for the target and says what it needs.
 
     Bytes are those of one chip. `fits` is whether the program does; without it only what is known
-    without a program is there.
+    without a program may be there. `quick` stops before machine code is made, and leaves out its
+    size (a few hundredths of a TPU's memory); only TPUs' compilers can.
 
     Raises:
-      InputError: the config cannot be used, or its batch not be split over the chips.
+      InputError: the config cannot be used, or its mesh or batch not be split over the chips.
     """
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    config.model.num_classes = config.model.num_classes or 1000
-    check_batch_size(config.batch_size, config.accumulation_steps, target.mesh)
-    steps_per_epoch = max(1, IMAGENET // config.batch_size)
-    with recorded() as calls:
-        program = training_program(config, target.mesh, steps_per_epoch)
-        batch = _batch(config, target.mesh)
-        started = time.perf_counter()
-        traced = program.train_step.trace(_on(program.state, replicated(target.mesh)), batch)
-    flops = training_flops(program.model, config.model.image_size, config.batch_size)
-    found = {
-        "topology": target.name,
-        "chips": target.mesh.size,
-        "model": config.model.name,
-        "batch_size": config.batch_size,
-        "batch_per_chip": config.batch_size // target.mesh.size,
-        "accumulation_steps": config.accumulation_steps,
-        "bytes_of_state": {name: _bytes(part) for name, part in program.state.items()},
-        "flops_per_chip": flops // target.mesh.size,
-        "kernels": _kernels(calls, target.platform),
-        "memory": target.memory,
-        "versions": versions(),
-    }
+    if quick and target.platform != "tpu":
+        raise InputError(f"--quick: only TPUs' compilers can, not that of {target.name}")
+    started = time.perf_counter()
     try:
-        compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
-    except jax.errors.JaxRuntimeError as error:
+        if quick:
+            found, *program = buffers.assigned(
+                lower_for, config, target.name, max(1, config.mesh.num_slices)
+            )
+        else:
+            found, lowered = lower(config, target)
+            program = _with_code(lowered.compile())
+    except (jax.errors.JaxRuntimeError, buffers.CompilerError) as error:
         needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
-        scale = GIB if needed[2] == "G" else 2**20
-        return found | {"fits": False, "peak_bytes": round(float(needed[1]) * scale)}
+        peak = round(float(needed[1]) * (GIB if needed[2] == "G" else 2**20))
+        return lower(config, target)[0] | {"fits": False, "peak_bytes": peak}
+    text, peak, temporary = program
+    return found | {
+        "fits": peak <= target.memory,
+        "peak_bytes": peak,
+        "temporary_bytes": temporary,
+        "memory_traffic": memory_traffic(text),
+        "collectives": collectives(text),
+        "largest": largest(text),
+        "machine_code": not quick,
+        "compile_seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _with_code(compiled) -> tuple[str, int, int]:
+    """(text, bytes in a chip's memory, temporary bytes)"""
     memory = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -135,29 +153,62 @@ def plan(config: ml_collections.ConfigDict, target: Target) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    text = compiled.as_text()
-    return found | {
-        "fits": peak <= target.memory,
-        "peak_bytes": peak,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": collectives(text),
-        "largest": largest(text),
-        "compile_seconds": round(time.perf_counter() - started, 1),
+    return compiled.as_text(), peak, memory.temp_size_in_bytes
+
+
+def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, Any], Any]:
+    """The config's training step for the target: what is known of it, and it lowered."""
+    config = ml_collections.ConfigDict(config)
+    check(config)
+    config.model.num_classes = config.model.num_classes or 1000
+    mesh = make_mesh(target.devices, **config.mesh)
+    check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+    steps_per_epoch = max(1, IMAGENET // config.batch_size)
+    with recorded() as calls:
+        program = training_program(config, mesh, steps_per_epoch)
+        traced = program.train_step.trace(_placed(program), _batch(config, mesh))
+    found = {
+        "topology": target.name,
+        "chips": mesh.size,
+        "slices": max(1, config.mesh.num_slices),
+        "mesh": dict(mesh.shape),
+        "model": config.model.name,
+        "batch_size": config.batch_size,
+        "batch_per_chip": config.batch_size // batch_parts(mesh),
+        "accumulation_steps": config.accumulation_steps,
+        "bytes_of_state": {
+            name: _bytes(part, program.shardings[name]) for name, part in program.state.items()
+        },
+        "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
+        // mesh.size,
+        "kernels": _kernels(calls, target.platform),
+        "memory": target.memory,
+        "versions": versions(),
     }
+    return found, traced.lower(lowering_platforms=(target.platform,))
 
 
-def largest_batch(config: ml_collections.ConfigDict, target: Target) -> int:
+def lower_for(config: ml_collections.ConfigDict, name: str, num_slices: int):
+    """`lower`, in a process where nothing is set up."""
+    set_up()
+    return lower(config, find_target(name, num_slices))
+
+
+def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool = False) -> int:
     """The most images per step that fit, as a multiple of 8 per chip and micro-batch; 0: not 8.
+
+    Chips that share their images (the mesh's axis `tensor`) count as one here.
 
     Compiles once for each try: twice as many, or half, then between.
     """
     config = ml_collections.ConfigDict(config)
-    unit = 8 * target.mesh.size * config.accumulation_steps
+    parts = batch_parts(make_mesh(target.devices, **config.mesh))
+    unit = 8 * parts * config.accumulation_steps
 
     def fits(units: int) -> bool:
         config.batch_size = units * unit
         config.augment.mix_group = config.model.batch_norm_group = 0
-        return plan(config, target)["fits"]
+        return plan(config, target, quick)["fits"]
 
     low, high = 0, max(1, config.batch_size // unit)
     while fits(high):
@@ -166,49 +217,6 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low * unit
-
-
-# ------------------------------------------------------------------ what a program consists of
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "bytes"}} of the collectives in a compiled program; bytes of one chip's
-    results. One in a loop counts once, one within a single chip not at all."""
-    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    pattern = rf"^ *(?:ROOT )?\S+ = (.*?) ({_COLLECTIVES})(-start)?\((.*)"
-    for shapes, kind, start, rest in re.findall(pattern, text, re.MULTILINE):
-        if re.search(r"replica_groups=\{(\{\d+\},?)+\}", rest):
-            continue
-        sizes = _sizes(shapes)
-        # What begins an all-gather has its operands beside its results.
-        if start and kind != "all-reduce":
-            sizes = sizes[len(sizes) // 2 :]
-        found[kind]["count"] += 1
-        found[kind]["bytes"] += sum(sizes)
-    return dict(found)
-
-
-def largest(text: str, count: int = 5) -> list[dict[str, Any]]:
-    """The largest arrays of a compiled program, and what computes them."""
-    found = {}
-    for line in text.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", line)
-        if not match or match[2] in ("parameter", "get-tuple-element", "bitcast"):
-            continue
-        origin = re.search(r'op_name="([^"]*)"', line)
-        entry = {"array": match[1], "by": origin[1].split("/", 1)[-1] if origin else match[2]}
-        found.setdefault(match[1], entry | {"bytes": sum(_sizes(match[1]))})
-    return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
-
-
-def _sizes(shapes: str) -> list[int]:
-    sizes = []
-    for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-        size = _BYTES.get(dtype, 4)
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        sizes.append(size)
-    return sizes
 
 
 def _batch(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -221,12 +229,21 @@ def _batch(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _on(tree, sharding):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _placed(program: Program):
+    """The state's shapes and dtypes, where they lie."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        program.state,
+        program.shardings,
+    )
 
 
-def _bytes(tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _bytes(tree, shardings) -> int:
+    """On one device."""
+    sizes = jax.tree.map(
+        lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def _kernels(calls, platform: str) -> dict[str, int]:
@@ -240,17 +257,17 @@ def _kernels(calls, platform: str) -> dict[str, int]:
 
 def show(found: dict[str, Any]) -> str:
     """The plan as lines of text."""
-
-    def size(count: float) -> str:
-        return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
-
     state = found["bytes_of_state"]
     room = found["memory"] - found["peak_bytes"]
     verdict = f"fits, {size(room)} to spare" if found["fits"] else f"does not fit by {size(-room)}"
+    axes = " × ".join(f"{axis} {count}" for axis, count in found["mesh"].items() if count > 1)
     lines = [
-        f"{found['model']} on {found['topology']}: {found['chips']} chips, {found['batch_size']} "
-        f"images a step, {found['batch_per_chip']} on a chip"
+        f"{found['model']} on {found['topology']}"
+        + (f", {found['slices']} slices" * (found["slices"] > 1))
+        + f": {found['chips']} chips, {found['batch_size']} images a step, "
+        + f"{found['batch_per_chip']} on a chip"
         + (f" in {found['accumulation_steps']} parts" * (found["accumulation_steps"] > 1)),
+        f"mesh: {axes or 'one chip'}",
         "memory of a chip",
         *(f"  {name:12} {size(count)}" for name, count in state.items() if count > 4),
         *([f"  temporary    {size(found['temporary_bytes'])}"] * ("temporary_bytes" in found)),
@@ -259,35 +276,83 @@ def show(found: dict[str, Any]) -> str:
         "windows and deformable sampling: "
         + (", ".join(f"{n} × {what}" for what, n in found["kernels"].items()) or "none"),
     ]
-    if found["fits"]:
-        moved = found["collectives"].items()
+    if "collectives" in found:
         lines += [
-            "between chips: "
-            + (", ".join(f"{kind} {size(x['bytes'])} ({x['count']})" for kind, x in moved) or "-"),
+            *(f"exchanged {line}" for line in exchanged(found["collectives"])),
             "largest arrays",
             *(f"  {size(x['bytes']):>10}  {x['array']}  {x['by']}" for x in found["largest"]),
-            f"compiled in {found['compile_seconds']} s",
+            f"compiled in {found['compile_seconds']} s"
+            + ", without machine code" * (not found["machine_code"]),
         ]
     return "\n".join(lines)
 
 
+def exchanged(parts: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+    """A line for what passes within slices, and one for what passes between them."""
+
+    def line(kinds):
+        return ", ".join(f"{kind} {size(x['bytes'])} ({x['count']})" for kind, x in kinds.items())
+
+    where = {"within": "between chips", "between": "between slices"}
+    return [f"{where[part]}: {line(kinds)}" for part, kinds in parts.items()] or ["nothing"]
+
+
+def show_scaling(tables: dict[str, list[dict[str, float]]]) -> str:
+    """What `scaling.of_plan` gives, as lines of text."""
+    lines = ["on paper, nothing of it measured; hybrid_flax/scaling.py says what is assumed"]
+    for name, rows in tables.items():
+        lines += [
+            f"{name} scaling: chips, images on each, images a second, efficiency",
+            *(
+                f"  {row['chips']:5} {row['images_per_chip']:7g} {row['images_per_second']:10,.0f}"
+                f" {row['efficiency']:6.0%}"
+                for row in rows
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Of so many bytes."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
 def main(config: ml_collections.ConfigDict, options) -> int:
     """Plans, prints, and writes the figures if asked; 1 if the step does not fit."""
+    set_up()
+    mesh = config.mesh
+    if options.scaling and (mesh.fsdp, mesh.tensor, max(1, mesh.num_slices)) != (1, 1, 1):
+        raise InputError(
+            "--scaling starts from one slice that only splits the images; leave --config.mesh as "
+            "it is (the model adds the slices itself)"
+        )
+    target = find_target(options.topology or "", max(1, mesh.num_slices))
+    found = plan(config, target, options.quick)
+    lines = [show(found)]
+    if options.scaling and "collectives" in found:
+        found["scaling"] = scaling.of_plan(found, target.chip)
+        lines.append(show_scaling(found["scaling"]))
+    if options.largest_batch:
+        found["largest_batch"] = largest_batch(config, target, options.quick)
+        lines.append(f"largest batch that fits: {found['largest_batch']}")
+    if options.json == "-":
+        lines = [json.dumps(found, indent=1)]
+    elif options.json:
+        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(lines))
+    return 0 if found["fits"] else 1
+
+
+def set_up() -> None:
+    """Before JAX is used: compilers are enough, a chip is not looked for."""
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    target = find_target(options.topology or "")
-    found = plan(config, target)
-    print(show(found))
-    if options.largest_batch:
-        found["largest_batch"] = largest_batch(config, target)
-        print(f"largest batch that fits: {found['largest_batch']}")
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if found["fits"] else 1
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, f"Machines: {EXAMPLES}.")
     flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
-    flags.DEFINE_string("json", None, "File for the figures.")
+    flags.DEFINE_bool("quick", False, "Stop before machine code is made: a tenth of the time.")
+    flags.DEFINE_bool("scaling", False, "Show what a simple model says of 8 to 1024 chips.")
+    flags.DEFINE_string("json", None, "File for the figures; -: print them alone.")
     cli.run(lambda config, workdir: main(config, flags.FLAGS), needs_workdir=False)

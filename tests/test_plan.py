@@ -2,16 +2,26 @@
 
 import importlib.util
 import json
+import pathlib
+import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
+from hybrid_flax import buffers
 from hybrid_flax import plan as planning
-from hybrid_flax.distributed.mesh import make_mesh
-from hybrid_flax.plan import Target, collectives, find_target, largest, largest_batch, plan, show
+from hybrid_flax.compiled import gathered
+from hybrid_flax.errors import InputError
+from hybrid_flax.plan import Target, find_target, largest_batch, lower, plan, show
 from tests import tiny
 
-HERE = Target("here:8", "v5e", "cpu", make_mesh())
+HERE = Target("here:8", "v5e", "cpu", jax.devices())
+
+
+def options(**given):
+    names = {"topology": "v5e:2x4", "largest_batch": False, "scaling": False, "quick": False}
+    return SimpleNamespace(**names | {"json": None} | given)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,8 @@ def test_what_a_plan_knows(found):
     assert state["opt_state"] == 2 * state["params"] + 8  # two moments, two counters
     assert found["peak_bytes"] > found["temporary_bytes"] > 0
     # The gradients of the parameters are added up over the chips, and little else.
-    assert 0.9 < found["collectives"]["all-reduce"]["bytes"] / state["params"] < 1.01
+    assert 0.9 < found["collectives"]["within"]["all-reduce"]["bytes"] / state["params"] < 1.01
+    assert found["memory_traffic"] > 3 * sum(state.values())
     assert found["largest"][0]["bytes"] >= found["largest"][-1]["bytes"] > 0
 
 
@@ -35,54 +46,81 @@ def test_how_it_is_shown(found):
     text = show(found | {"memory": 16 * 2**30})
     assert "gcvit_xxt on here:8: 8 chips, 256 images a step, 32 on a chip" in text
     assert "of 16.00 GiB: fits, 1" in text
-    assert "between chips: all-reduce" in text
+    assert "mesh: data 8" in text
+    assert "exchanged between chips: all-reduce" in text
+    assert "without machine code" not in text
+    two = found["collectives"] | {"between": {"all-reduce": {"count": 1, "bytes": 2**21}}}
+    text = show(found | {"collectives": two, "slices": 2, "machine_code": False})
+    assert "gcvit_xxt on here:8, 2 slices: 8 chips" in text
+    assert "exchanged between slices: all-reduce 2.0 MiB (1)" in text
+    assert text.endswith("s, without machine code")
     smaller = show(found | {"memory": found["peak_bytes"] - 2**20, "fits": False})
     assert "does not fit by 1.0 MiB" in smaller
 
 
-def test_the_figures_are_written_and_the_status_says_whether_it_fits(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "find_target", lambda name: HERE)
-    monkeypatch.setattr(planning, "plan", lambda config, target: found | {"fits": False})
+@pytest.fixture
+def planned(found, monkeypatch):
+    """The program for people, without its compiler."""
+    monkeypatch.setattr(planning, "set_up", lambda: None)
+    monkeypatch.setattr(planning, "find_target", lambda name, num_slices: HERE)
+    monkeypatch.setattr(planning, "plan", lambda config, target, quick: found)
+
+
+def test_the_figures_are_written_and_the_status_says_whether_it_fits(
+    planned, found, tmp_path, monkeypatch
+):
     file = tmp_path / "plan.json"
-    options = SimpleNamespace(topology="here:8", largest_batch=False, json=str(file))
-    assert planning.main(tiny.config(), options) == 1
+    assert planning.main(tiny.config(), options(json=str(file))) == 0
     assert json.loads(file.read_text())["model"] == "gcvit_xxt"
+    monkeypatch.setattr(planning, "plan", lambda config, target, quick: found | {"fits": False})
+    assert planning.main(tiny.config(), options()) == 1
+
+
+def test_json_alone(planned, capsys):
+    planning.main(tiny.config(), options(json="-", scaling=True))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["scaling"]["weak"][-1]["chips"] == 1024
+
+
+def test_scaling_is_shown_and_only_for_one_slice(planned, capsys):
+    planning.main(tiny.config(), options(scaling=True))
+    text = capsys.readouterr().out
+    assert "on paper, nothing of it measured" in text
+    assert "\n      8      32 " in text
+    with pytest.raises(ValueError, match="--scaling starts from one slice that only splits"):
+        planning.main(tiny.config(mesh__fsdp=2), options(scaling=True))
+
+
+def test_the_slices_are_asked_for(monkeypatch):
+    asked = {}
+
+    def describe(**given):
+        asked.update(given)
+        return SimpleNamespace(devices=jax.devices())
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: True)
+    monkeypatch.setattr(planning.topologies, "get_topology_desc", describe)
+    assert find_target("v5e:2x2", 2).devices == jax.devices()
+    assert asked == {"platform": "tpu", "topology_name": "v5e:2x2", "num_slices": 2}
+    asked.clear()
+    find_target("v5e:2x4")
+    assert asked == {"platform": "tpu", "topology_name": "v5e:2x4"}
+    find_target("h200:8", 2)
+    assert asked["topology"] == "2x1x8"
 
 
 def test_the_largest_batch_is_between_one_that_fits_and_one_that_does_not(monkeypatch):
     tried = []
 
-    def fits(config, target):
+    def fits(config, target, quick):
         tried.append(config.batch_size)
         return {"fits": config.batch_size <= 700}
 
     monkeypatch.setattr(planning, "plan", fits)
     assert largest_batch(tiny.config(), HERE) == 640  # of multiples of 64
     assert len(tried) <= 6
-    monkeypatch.setattr(planning, "plan", lambda config, target: {"fits": False})
+    monkeypatch.setattr(planning, "plan", lambda config, target, quick: {"fits": False})
     assert largest_batch(tiny.config(), HERE) == 0
-
-
-PROGRAM = """
-  %ar = (f32[16,8]{1,0:T(8,128)S(1)}, /*index=1*/bf16[4]{0}) all-reduce(%a, %b), channel_id=1
-  %ag = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%c), dimensions={0}
-  %done = f32[16,8]{1,0} all-gather-done(%ag)
-  %own = f32[99]{0} all-reduce(%e), replica_groups={{0},{1}}, to_apply=%sum
-  ROOT %big = bf16[64,64]{1,0} fusion(%d), kind=kLoop, metadata={op_name="jit(step)/stem/conv"}
-"""
-
-
-def test_collectives_are_counted_with_their_bytes():
-    assert collectives(PROGRAM) == {
-        "all-reduce": {"count": 1, "bytes": 16 * 8 * 4 + 4 * 2},
-        "all-gather": {"count": 1, "bytes": 16 * 8 * 4},
-    }
-
-
-def test_the_largest_arrays_say_where_they_come_from():
-    first, second, _ = largest(PROGRAM)
-    assert first == {"array": "bf16[64,64]", "by": "stem/conv", "bytes": 64 * 64 * 2}
-    assert second["by"] == "all-gather-done"
 
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "v5e:4by4"])
@@ -90,6 +128,8 @@ def test_unknown_names_of_topologies(name):
     with pytest.raises(
         ValueError, match=f"--topology={name}: expected a chip and a shape, such as"
     ):
+        find_target(name)
+    with pytest.raises(ValueError, match="v5p: 2x2x1, 2x2x2, .*8x16x16\n  v6e: 1x1, 2x2"):
         find_target(name)
 
 
@@ -108,10 +148,71 @@ def test_a_shape_that_the_compiler_does_not_know(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: True)
     monkeypatch.setattr(planning.topologies, "get_topology_desc", refuse)
-    with pytest.raises(ValueError, match=r"knows no such machines \(bad shape\). Among"):
+    with pytest.raises(
+        ValueError, match=r"knows no such machines \(bad shape\). Among(.|\n)*v5e: 1x1"
+    ):
         find_target("v5e:3x5")
 
 
 def test_a_batch_that_does_not_split(monkeypatch):
     with pytest.raises(ValueError, match="batch_size=100 cannot be split evenly over 8 devices"):
         plan(tiny.config(batch_size=100), HERE)
+
+
+class Compiler:
+    """Writes what the TPU's compiler does, and then takes its time."""
+
+    def __init__(self, error: str = ""):
+        self.error = error
+
+    def compile(self, compiler_options):
+        if self.error:
+            raise ValueError(self.error)
+        folder = pathlib.Path(compiler_options["xla_dump_to"])
+        files = {
+            "memory-usage-report": "Memory Space: default (color=0)\nTotal bytes: 900 (900B)\n",
+            "buffer-assignment": "allocation 3: size 700, page 0, preallocated-temp:\n"
+            "allocation 4: size 99, color 1, page 0, preallocated-temp:\n",
+        }
+        for name, text in files.items():
+            (folder / f"a.after_optimizations-{name}.txt").write_text(text)
+        whole = "HloModule x\n\nENTRY %main () -> f32[8] {\n}\n\n"
+        (folder / "a.after_optimizations_after_buffer_assignment.txt").write_text(whole)
+        time.sleep(600)
+
+
+def lowered(*error: str):
+    return {"model": "m"}, Compiler(*error)
+
+
+def unusable():
+    raise InputError("no such thing")
+
+
+def test_a_program_without_machine_code():
+    found = buffers.assigned(lowered)
+    assert (found.known, found.bytes, found.temporary) == ({"model": "m"}, 900, 700)
+    assert found.text.startswith("HloModule x")
+
+
+def test_a_program_that_its_compiler_refuses():
+    with pytest.raises(buffers.CompilerError, match="ValueError: RESOURCE_EXHAUSTED"):
+        buffers.assigned(lowered, "RESOURCE_EXHAUSTED: too much")
+    with pytest.raises(InputError, match="no such thing"):
+        buffers.assigned(unusable)
+
+
+def test_only_the_compilers_of_tpus_can_be_stopped():
+    with pytest.raises(InputError, match="--quick: only TPUs' compilers can, not that of here:8"):
+        plan(tiny.config(), HERE, quick=True)
+
+
+def test_the_memory_that_a_program_would_need(monkeypatch):
+    def refuse(*_):
+        raise buffers.CompilerError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
+
+    monkeypatch.setattr(buffers, "assigned", refuse)
+    monkeypatch.setattr(planning, "lower", lambda *_: ({"model": "m"}, None))
+    target = HERE._replace(platform="tpu")
+    found = plan(tiny.config(), target, quick=True)
+    assert found == {"model": "m", "fits": False, "peak_bytes": 20.5 * 2**30}
