@@ -11,9 +11,8 @@ import pytest
 
 from hybrid_flax import buffers
 from hybrid_flax import plan as planning
-from hybrid_flax.compiled import gathered
 from hybrid_flax.errors import InputError
-from hybrid_flax.plan import Target, find_target, largest_batch, lower, plan, show
+from hybrid_flax.plan import Target, find_target, largest_batch, plan, show
 from tests import tiny
 
 HERE = Target("here:8", "v5e", "cpu", jax.devices())
