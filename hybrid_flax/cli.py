@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import jax
 import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
@@ -55,8 +56,11 @@ def run(
             if not processes.several():
                 raise
             traceback.print_exc()
-            _say(repr(error))
-            processes.leave(1, repr(error))
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, jax.errors.JaxRuntimeError) and "onnection" in reason:
+                reason = f"the connection to another process is lost, see its log ({reason})"
+            _say(reason)
+            processes.leave(1, reason)
 
     app.run(program, flags_parser=_parse_flags)
 

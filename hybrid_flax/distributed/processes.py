@@ -81,7 +81,9 @@ def start(
             f"{str(error).splitlines()[0]}. Were all of them started, and can they reach it?"
         ) from error
     if several():
-        _listen()
+        threading.Thread(
+            target=_stop_with_others, args=[global_state.process_id], daemon=True
+        ).start()
 
 
 def several() -> bool:
@@ -166,22 +168,18 @@ def leave(code: int, reason: str) -> NoReturn:
     os._exit(code)
 
 
-def _listen() -> None:
-    threading.Thread(target=_stop_with_others, name="other processes", daemon=True).start()
-
-
-def _stop_with_others() -> NoReturn:
-    while True:
+def _stop_with_others(mine: int) -> None:
+    while global_state.client is not None:
         time.sleep(_POLL)
         try:
             failures = _texts(_FAILED)
-        except jax.errors.JaxRuntimeError:
-            continue  # JAX itself ends us when the service stays away
-        failures.pop(jax.process_index(), None)
+        except (AttributeError, jax.errors.JaxRuntimeError):
+            continue  # we are done; or the service stays away, then JAX itself ends us
+        failures.pop(mine, None)
         if failures:
             failure = json.loads(failures[min(failures)])
             print(f"error: {failure['name']} stopped: {failure['reason']}", file=sys.stderr)
             sys.stderr.flush()
-            if is_first():
+            if mine == 0:
                 time.sleep(3 * _POLL)
             os._exit(failure["code"])

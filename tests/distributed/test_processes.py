@@ -1,0 +1,271 @@
+"""Real processes on this machine: JAX's own distributed runtime, with gloo between CPUs."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.distributed import processes
+from hybrid_flax.training.metrics import read_metrics
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Two devices per process; what one run compiles, the next finds."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax-cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    }
+
+
+class Group:
+    """Processes of one program, their output in files."""
+
+    def __init__(self, environment, folder, count, program, *arguments):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"{i}.log" for i in range(count)]
+        port = free_port()
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            command = [sys.executable, "-u", *program, f"--coordinator=127.0.0.1:{port}"]
+            command += [f"--num_processes={count}", f"--process_id={i}", *arguments]
+            with open(log, "w") as file:
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                )
+
+    def wait(self, timeout=300):
+        """Their exit statuses."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def text(self, i):
+        return self.logs[i].read_text()
+
+    def until(self, i, text, timeout=200):
+        """Waits for a text in the log of process i."""
+        end = time.monotonic() + timeout
+        while text not in self.text(i):
+            assert time.monotonic() < end, self.text(i)
+            assert self.processes[i].poll() is None, self.text(i)
+            time.sleep(0.1)
+
+
+def training(environment, workdir, count=2, *arguments):
+    program = ["-m", "hybrid_flax.main", "--config=tests/tiny.py", f"--workdir={workdir}"]
+    settings = ["--peer_timeout=15", "--config.batch_size=64", "--config.epochs=1"]
+    settings += ["--config.checkpoint.every_steps=4", "--config.log_every_steps=1"]
+    logs = workdir.parent / f"{workdir.name}-logs"
+    return Group(environment, logs, count, program, *settings, *arguments)
+
+
+def final(workdir):
+    step, arrays, _ = Checkpoints(workdir / "checkpoints").restore()
+    return step, arrays
+
+
+def same_bits(got, want):
+    return got[0] == want[0] and all(
+        got[1][path].tobytes() == array.tobytes() for path, array in want[1].items()
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(environment, tmp_path_factory):
+    """The work directory of a run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    group = training(environment, workdir)
+    assert group.wait() == [0, 0], group.text(0) + group.text(1)
+    return workdir, group
+
+
+def losses(workdir):
+    records = read_metrics(workdir / "metrics.jsonl")
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def test_only_the_first_process_speaks_and_writes(undisturbed):
+    workdir, group = undisturbed
+    assert "on 4 cpu device(s) of 2 processes" in group.text(0)
+    assert "finished: 22 steps of gcvit_xxt" in group.text(0)
+    said = [line for line in group.text(1).splitlines() if line and "Gloo" not in line]
+    assert not said
+    assert Checkpoints(workdir / "checkpoints").steps()[-1] == 22
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert last["val/images"] == 360  # each once, whoever read it
+
+
+def test_one_process_learns_the_same_from_the_same_images(undisturbed, environment, tmp_path):
+    """Four devices of one process instead of two and two: rounding apart, the same losses."""
+    workdir = tmp_path / "alone"
+    four = environment | {"XLA_FLAGS": environment["XLA_FLAGS"].replace("count=2", "count=4")}
+    assert training(four, workdir, 1).wait() == [0]
+    got, want = losses(workdir), losses(undisturbed[0])
+    for step in range(1, 6):
+        assert got[step] == pytest.approx(want[step], rel=1e-4)
+
+
+def test_a_signal_to_one_saves_all_and_another_mesh_goes_on(undisturbed, environment, tmp_path):
+    workdir = tmp_path / "stopped"
+    group = training(environment, workdir)
+    group.until(0, "step 6/22")
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.wait() == [143, 143], group.text(0) + group.text(1)
+    assert "stopped by SIGTERM; step" in group.text(0)
+    step = Checkpoints(workdir / "checkpoints").steps()[-1]
+    assert 6 < step < 22
+    # Continued by one process whose devices hold parts of the state; then by two again.
+    four = environment | {"XLA_FLAGS": environment["XLA_FLAGS"].replace("count=2", "count=4")}
+    group = training(four, workdir, 1, "--config.mesh.fsdp=4")
+    group.until(0, f"step {step + 2}/22")
+    group.processes[0].send_signal(signal.SIGTERM)
+    assert group.wait() == [143], group.text(0)
+    assert f"continuing from the checkpoint of step {step}" in group.text(0)
+    assert "fsdp" in group.text(0)
+    assert training(environment, workdir, 2, "--config.mesh.fsdp=2").wait() == [0, 0]
+    got, want = losses(workdir), losses(undisturbed[0])
+    assert got.keys() == want.keys()
+    assert got[22] == pytest.approx(want[22], rel=0.02)
+
+
+def test_when_one_is_killed_the_others_stop_and_the_same_command_goes_on(
+    undisturbed, environment, tmp_path
+):
+    workdir = tmp_path / "killed"
+    for victim in (1, 0):
+        group = training(environment, workdir)
+        group.until(0, "step 10/22" if victim else "step 14/22")
+        killed = time.monotonic()
+        group.processes[victim].kill()
+        codes = group.wait(90)
+        assert time.monotonic() - killed < 60
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] not in (0, 2, -signal.SIGKILL)
+        gone = r"the connection to another process is lost|another task died"  # ours, or JAX's
+        assert re.search(gone, group.text(1 - victim))
+    assert training(environment, workdir).wait() == [0, 0]
+    assert same_bits(final(workdir), final(undisturbed[0]))
+
+
+def test_an_error_of_one_ends_all_and_says_whose_it_was(environment, tmp_path):
+    (tmp_path / "file").write_text("no folder")  # where only the first looks
+    group = training(environment, tmp_path / "file")
+    assert group.wait() == [2, 2], group.text(1)
+    assert "error: cannot write to the work directory" in group.text(0)
+    assert re.search(r"error: process 0 of 2 on .* stopped: cannot write to", group.text(1))
+
+
+# ------------------------------------------------------------------------------- the parts alone
+
+PARTS = """
+import sys, time
+from hybrid_flax.distributed import processes
+from hybrid_flax.errors import TrainingError
+coordinator, count, process = (argument.split("=")[1] for argument in sys.argv[2:5])
+processes.start(coordinator, int(count), int(process), timeout=15)
+{what}
+"""
+
+
+def parts(environment, tmp_path, what, count=2):
+    program = tmp_path / "parts.py"
+    program.write_text(PARTS.format(what=what))
+    folder = os.getcwd()
+    return Group(environment | {"PYTHONPATH": folder}, tmp_path, count, [str(program), "-"])
+
+
+def test_what_the_first_knows_all_know_and_all_hear_everyone(environment, tmp_path):
+    what = """
+first = processes.from_first("look", lambda: {"place": processes.name().split(" on ")[0]})
+print(first, processes.everyone("count", f"I am {process}"))
+"""
+    group = parts(environment, tmp_path, what, 3)
+    assert group.wait() == [0, 0, 0]
+    for i in range(3):
+        assert "{'place': 'process 0 of 3'} ['I am 0', 'I am 1', 'I am 2']" in group.text(i)
+
+
+def test_waiting_is_bounded_and_names_who_is_missing(environment, tmp_path):
+    what = """
+if process == "1":
+    time.sleep(8)
+try:
+    processes.everyone("restore", "", patience=3)
+except TrainingError as error:
+    print("error:", error, flush=True)
+"""
+    group = parts(environment, tmp_path, what)
+    group.wait()
+    assert "waited 3 s to restore: of 2 processes 1 did not come" in group.text(0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("h:1", None, None), "--coordinator=h:1: --coordinator=HOST:PORT, --num_processes=N and"),
+        ((None, 2, 0), "--num_processes=2, --process_id=0: --coordinator=HOST:PORT"),
+        (("host", 2, 0), "--coordinator=host, --num_processes=2, --process_id=0: expected HOST"),
+        (("h:1", 2, 2), "--process_id=2: expected HOST:PORT, and a process_id from 0 to below"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_named(flags, message):
+    with pytest.raises(ValueError) as error:
+        processes.start(*flags)
+    assert message in str(error.value)
+
+
+def test_slurm_and_open_mpi_are_found_without_flags(environment, tmp_path):
+    what = 'print("joined", processes.name().split(" on ")[0])'
+    program = tmp_path / "found.py"
+    program.write_text(
+        "from hybrid_flax.distributed import processes\nprocesses.start(timeout=15)\n" + what
+    )
+    port = free_port()
+    clusters = {
+        "slurm": {
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "{}",
+            "SLURM_LOCALID": "{}",
+        },
+        "open mpi": {
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "{}",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "{}",
+        },
+    }
+    for name, variables in clusters.items():
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(program)],
+                env=environment
+                | {"PYTHONPATH": os.getcwd(), "JAX_COORDINATOR_PORT": str(port)}
+                | {key: value.format(i) for key, value in variables.items()},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=60)[0] for process in started]
+        assert [f"joined process {i} of 2" in text for i, text in enumerate(said)] == [True] * 2, (
+            name
+        )
