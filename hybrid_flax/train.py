@@ -118,7 +118,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
         while True:
             with phases("restore"):
                 step, state, mishaps = _begin_or_continue(job, rolled_back_from)
-            phases.enter("train")
+            phases.enter("start")
             try:
                 return _loop(job, steps_per_epoch, step, state, mishaps)
             except NonFiniteStep as error:
@@ -274,6 +274,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
             "rate the evaluation", lambda: checkpoints.rate(step, _score(evaluated[step]))
         )
 
+    phases.enter("train")
     with contextlib.ExitStack() as stack:
         for each in (writer, progress, batches):
             if each:
