@@ -2,13 +2,17 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "s8": 1, "f64": 8}
 _LINE = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_KEEPS = (
+    "bitcast convert copy copy-start copy-done reshape transpose get-tuple-element tuple "
+    "add subtract multiply"
+)
 _PLACED = re.compile(_ARRAY.pattern + r"(?:\{([^}]*)\})?")  # with its layout
 
 
@@ -92,8 +96,7 @@ def gathered(text: str) -> list[Gathered]:
     """What a compiled program gathers from several chips, and from which of its arguments.
 
     An argument's name is its path, such as `state['ema']['params']['head']['bias']`. It is found
-    through what keeps the number of elements (conversions, copies, elementwise fusions), not
-    through loops.
+    through conversions, copies and fusions that keep its dimensions, not through loops.
     """
     lines = {match[1]: match for match in _LINE.finditer(text)}
 
@@ -106,10 +109,8 @@ def gathered(text: str) -> list[Gathered]:
             if path := re.search(r'op_name="(?!jit\()([^"]*)"', rest):
                 yield path[1].replace("\\'", "'")
             return
-        if re.fullmatch(rf"({KINDS})(-start|-done)?", operation):
-            return
         for operand in _operands(rest):
-            if operand in lines and _counts(lines[operand][2]) & _counts(shapes):
+            if operand in lines and _same(operation, lines[operand][2], shapes):
                 yield from arguments(operand, seen)
 
     found = []
@@ -172,9 +173,22 @@ def _operands(rest: str) -> list[str]:
     return re.findall(r"%([\w.-]+)", rest.partition(")")[0])
 
 
-def _counts(shapes: str) -> set[int]:
-    """Numbers of elements of the arrays in a result, scalars aside."""
-    return {_count(dims) for _, dims in _ARRAY.findall(shapes)} - {1}
+def _same(operation: str, operand: str, result: str) -> bool:
+    """Whether an operation may leave an operand what it is, but for its dtype, layout and shape."""
+    if operation in _KEEPS.split():
+        return bool(_each(operand, _count) & _each(result, _count))
+    if operation in ("fusion", "call"):
+        return bool(_each(operand, _dims) & _each(result, _dims))
+    return False
+
+
+def _each(shapes: str, of: Callable[[str], Any]) -> set[Any]:
+    """Of the arrays in a result, scalars aside."""
+    return {of(dims) for _, dims in _ARRAY.findall(shapes) if _count(dims) > 1}
+
+
+def _dims(dims: str) -> tuple[int, ...]:
+    return tuple(sorted(int(dim) for dim in dims.split(",") if dim not in ("", "1")))
 
 
 def _count(dims: str) -> int:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import pathlib
+import re
 import time
 from types import SimpleNamespace
 
@@ -11,8 +13,9 @@ import pytest
 
 from hybrid_flax import buffers
 from hybrid_flax import plan as planning
+from hybrid_flax.compiled import gathered
 from hybrid_flax.errors import InputError
-from hybrid_flax.plan import Target, find_target, largest_batch, plan, show
+from hybrid_flax.plan import Target, find_target, largest_batch, lower, lower_for, plan, show
 from tests import tiny
 
 HERE = Target("here:8", "v5e", "cpu", jax.devices())
@@ -39,6 +42,47 @@ def test_what_a_plan_knows(found):
     assert 0.9 < found["collectives"]["within"]["all-reduce"]["bytes"] / state["params"] < 1.01
     assert found["memory_traffic"] > 3 * sum(state.values())
     assert found["largest"][0]["bytes"] >= found["largest"][-1]["bytes"] > 0
+
+
+def test_nothing_is_gathered_where_only_images_are_split(found):
+    assert "all-gather" not in found["collectives"]["within"]
+
+
+def sharded(batch_size: int, **mesh):
+    """All weights that are worth it split, and nothing drawn: that would compile for long."""
+    plain = {"augment__mix_probability": 0.0, "augment__erasing_probability": 0.0}
+    mesh = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    return tiny.config(model__num_classes=10, batch_size=batch_size, **plain, **mesh)
+
+
+def check_what_is_gathered(text: str, images: int):
+    """Weights are, for their use; the images, the optimizer and the average never.
+
+    Where a late layer's activations are smaller than its weights, as in this model, XLA gathers
+    those instead.
+    """
+    found = gathered(text)
+    paths = {path for array in found for path in array.of}
+    assert any(path.startswith("state['params']") for path in paths)
+    assert not [path for path in paths if not path.startswith("state['params']")]
+    computed = [re.findall(r"\d+", array.array)[1:] for array in found if not array.of]
+    assert max(math.prod(map(int, dims)) for dims in computed) < images * 32 * 32 * 3 / 2
+
+
+def test_split_weights_are_gathered_for_their_use(found):
+    known, lowered = lower(sharded(64, data=1, fsdp=8), HERE)
+    whole = found["bytes_of_state"]
+    for part, size in known["bytes_of_state"].items():
+        assert part == "step" or whole[part] / 8 < size < whole[part] / 4
+    check_what_is_gathered(lowered.compile().as_text(), 64)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_same_on_tpus():
+    program = buffers.assigned(lower_for, sharded(64, data=1, fsdp=4), "v5e:2x2", 1)
+    assert program.known["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    check_what_is_gathered(program.text, 64)
 
 
 def test_how_it_is_shown(found):
