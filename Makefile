@@ -2,12 +2,13 @@
 # make test         what CI runs, 20 to 30 minutes on two cores with the installation
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
+# make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test parity kernels lint
+.PHONY: quickstart test parity kernels chaos lint
 
 quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -21,6 +22,9 @@ parity: $(VENV)/installed
 kernels: $(VENV)/compilers
 	$(RUN) -m tests.compile_kernels $(if $(SAVE),--save=$(SAVE)) $(if $(CHIPS),--chips=$(CHIPS))
 	$(RUN) -m pytest -m kernels
+
+chaos: $(VENV)/installed
+	$(RUN) -m tests.chaos --faults=$(or $(FAULTS),300) --seed=$(or $(SEED),0)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
