@@ -3,12 +3,13 @@
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
 # make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
+# make soak         two processes, one of them killed ten times; KILLS=, SEED=
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test parity kernels chaos lint
+.PHONY: quickstart test parity kernels chaos soak lint
 
 quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -25,6 +26,9 @@ kernels: $(VENV)/compilers
 
 chaos: $(VENV)/installed
 	$(RUN) -m tests.chaos --faults=$(or $(FAULTS),300) --seed=$(or $(SEED),0)
+
+soak: $(VENV)/installed
+	$(RUN) -m tests.soak --kills=$(or $(KILLS),10) --seed=$(or $(SEED),0)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
