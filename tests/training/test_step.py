@@ -8,6 +8,7 @@ import pytest
 from configs import quickstart
 from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
+from hybrid_flax.program import CompiledOnce
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import (
@@ -116,6 +117,14 @@ def test_the_step_compiles_once_and_consumes_its_state():
         state, _ = step(state, to_devices(batch(seed=i), mesh))
     assert step._cache_size() == 1
     assert first.is_deleted()
+
+
+def test_another_shape_is_refused():
+    once = CompiledOnce(jax.jit(lambda state, batch: state + batch.sum()))
+    assert once(jnp.zeros(()), jnp.ones(3)) == 3
+    assert once(jnp.zeros(()), jnp.ones(3)) == 3
+    with pytest.raises(TypeError, match=r"float32\[3\].*float32\[4\]|shape"):
+        once(jnp.zeros(()), jnp.ones(4))
 
 
 def test_no_collective_gathers_the_images():
