@@ -96,7 +96,8 @@ def gathered(text: str) -> list[Gathered]:
     """What a compiled program gathers from several chips, and from which of its arguments.
 
     An argument's name is its path, such as `state['ema']['params']['head']['bias']`. It is found
-    through conversions, copies and fusions that keep its dimensions, not through loops.
+    through conversions, copies and fusions that keep its dimensions, not through loops; TPUs
+    gather within loops and products, where an origin may be missing or be another of that shape.
     """
     lines = {match[1]: match for match in _LINE.finditer(text)}
 
