@@ -5,8 +5,8 @@ python -m hybrid_flax.plan --config=configs/gcvit_l.py --topology=v5e:16x16 [--l
 The very step that `hybrid_flax.main` would run is compiled by the machines' own compiler, for the
 config's batch and mesh; with --config.mesh.num_slices=2 for two slices of that topology. TPUs need
 `pip install libtpu`, the H200 `pip install "jax[cuda13]"`; neither needs a chip. It takes minutes,
-nearly all of them for machine code: `--quick` stops before it is made, on TPUs. `--json=FILE` keeps
-the figures, `--json=-` prints them alone.
+nearly all of them for machine code: `--quick` stops before it is made, on TPUs. `--json` prints the
+figures alone.
 
 Speed is not foretold: a compiler does not know it. `--scaling` shows what a simple model makes of
 the figures (scaling.py says what it assumes).
@@ -318,7 +318,7 @@ def size(count: float) -> str:
 
 
 def main(config: ml_collections.ConfigDict, options) -> int:
-    """Plans, prints, and writes the figures if asked; 1 if the step does not fit."""
+    """Plans and prints; 1 if the step does not fit."""
     set_up()
     mesh = config.mesh
     if options.scaling and (mesh.fsdp, mesh.tensor, max(1, mesh.num_slices)) != (1, 1, 1):
@@ -335,11 +335,7 @@ def main(config: ml_collections.ConfigDict, options) -> int:
     if options.largest_batch:
         found["largest_batch"] = largest_batch(config, target, options.quick)
         lines.append(f"largest batch that fits: {found['largest_batch']}")
-    if options.json == "-":
-        lines = [json.dumps(found, indent=1)]
-    elif options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines))
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines))
     return 0 if found["fits"] else 1
 
 
@@ -354,5 +350,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
     flags.DEFINE_bool("quick", False, "Stop before machine code is made: a tenth of the time.")
     flags.DEFINE_bool("scaling", False, "Show what a simple model says of 8 to 1024 chips.")
-    flags.DEFINE_string("json", None, "File for the figures; -: print them alone.")
+    flags.DEFINE_bool("json", False, "Print the figures alone, as JSON.")
     cli.run(lambda config, workdir: main(config, flags.FLAGS), needs_workdir=False)

@@ -23,7 +23,7 @@ HERE = Target("here:8", "v5e", "cpu", jax.devices())
 
 def options(**given):
     names = {"topology": "v5e:2x4", "largest_batch": False, "scaling": False, "quick": False}
-    return SimpleNamespace(**names | {"json": None} | given)
+    return SimpleNamespace(**names | {"json": False} | given)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,7 @@ def elements(array: str) -> int:
 
 
 def test_split_weights_are_gathered_for_their_use(found):
-    """One by one; the images, the optimizer and the average never.
-
-    Where a late layer's activations are smaller than its weights, as in this model, XLA gathers
-    those instead.
-    """
+    """One by one; the images, their features, the optimizer and the average never."""
     known, lowered = lower(sharded(64, data=1, fsdp=8), HERE)
     whole = found["bytes_of_state"]
     for part, size in known["bytes_of_state"].items():
@@ -74,8 +70,7 @@ def test_split_weights_are_gathered_for_their_use(found):
     paths = {path for array in arrays for path in array.of}
     assert any(path.startswith("state['params']") for path in paths)
     assert not [path for path in paths if not path.startswith("state['params']")]
-    computed = [elements(array.array) for array in arrays if not array.of]
-    assert max(computed) < 64 * 32 * 32 * 3 / 2  # the images
+    assert all(array.of for array in arrays)  # nothing that was computed
 
 
 @pytest.mark.kernels
@@ -111,18 +106,14 @@ def planned(found, monkeypatch):
     monkeypatch.setattr(planning, "plan", lambda config, target, quick: found)
 
 
-def test_the_figures_are_written_and_the_status_says_whether_it_fits(
-    planned, found, tmp_path, monkeypatch
-):
-    file = tmp_path / "plan.json"
-    assert planning.main(tiny.config(), options(json=str(file))) == 0
-    assert json.loads(file.read_text())["model"] == "gcvit_xxt"
+def test_the_status_says_whether_it_fits(planned, found, monkeypatch):
+    assert planning.main(tiny.config(), options()) == 0
     monkeypatch.setattr(planning, "plan", lambda config, target, quick: found | {"fits": False})
     assert planning.main(tiny.config(), options()) == 1
 
 
 def test_json_alone(planned, capsys):
-    planning.main(tiny.config(), options(json="-", scaling=True))
+    planning.main(tiny.config(), options(json=True, scaling=True))
     printed = json.loads(capsys.readouterr().out)
     assert printed["scaling"]["weak"][-1]["chips"] == 1024
 

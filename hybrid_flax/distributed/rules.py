@@ -63,6 +63,19 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def where_used(shardings: Any) -> Any:
+    """Where weights that lie so are while a model computes with them: whole, but for `tensor`.
+
+    Said explicitly, for left to itself XLA may gather the images instead of the weights.
+    """
+
+    def used(sharding):
+        spec = (axis if axis == "tensor" else None for axis in sharding.spec)
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(used, shardings)
+
+
 def _checked(rules: Rules) -> Rules:
     for pattern, axes in rules:
         try:

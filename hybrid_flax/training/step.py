@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from hybrid_flax.distributed.mesh import batch_sharded, on_mesh, replicated
+from hybrid_flax.distributed.rules import where_used
 from hybrid_flax.training import Config
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
 from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
@@ -76,6 +77,8 @@ def make_train_step(
     loss_of_outputs = make_loss(config.loss)
 
     def loss_of(params, batch_stats, images, targets, key):
+        if shardings.gradients:
+            params = jax.lax.with_sharding_constraint(params, where_used(shardings.gradients))
         weights = weights_of({"params": params, "batch_stats": batch_stats})
         outputs, batch_stats = apply(weights, images, train=not config.model.eval_mode, key=key)
         return loss_of_outputs(outputs, targets), batch_stats
@@ -235,6 +238,8 @@ def make_eval_step(
 
     @on_mesh(mesh)
     def eval_step(weights, batch):
+        if shardings:
+            weights = jax.lax.with_sharding_constraint(weights, where_used(shardings))
         images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
         logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
