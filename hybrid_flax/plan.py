@@ -34,6 +34,7 @@ from hybrid_flax import buffers, cli, scaling
 from hybrid_flax.compiled import collectives, largest, memory_traffic
 from hybrid_flax.config import check
 from hybrid_flax.distributed.mesh import batch_parts, batch_sharded, check_batch_size, make_mesh
+from hybrid_flax.distributed.rules import Share, shares, show_shares
 from hybrid_flax.errors import InputError
 from hybrid_flax.flops import training_flops
 from hybrid_flax.program import Program, training_program
@@ -179,6 +180,7 @@ def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, 
         "bytes_of_state": {
             name: _bytes(part, program.shardings[name]) for name, part in program.state.items()
         },
+        "split": [share._asdict() for share in shares(program.state, program.shardings)],
         "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
         // mesh.size,
         "kernels": _kernels(calls, target.platform),
@@ -268,6 +270,7 @@ def show(found: dict[str, Any]) -> str:
         + f"{found['batch_per_chip']} on a chip"
         + (f" in {found['accumulation_steps']} parts" * (found["accumulation_steps"] > 1)),
         f"mesh: {axes or 'one chip'}",
+        show_shares([Share(**share) for share in found["split"]]),
         "memory of a chip",
         *(f"  {name:12} {size(count)}" for name, count in state.items() if count > 4),
         *([f"  temporary    {size(found['temporary_bytes'])}"] * ("temporary_bytes" in found)),

@@ -86,7 +86,7 @@ def test_how_it_is_shown(found):
     text = show(found | {"memory": 16 * 2**30})
     assert "gcvit_xxt on here:8: 8 chips, 256 images a step, 32 on a chip" in text
     assert "of 16.00 GiB: fits, 1" in text
-    assert "mesh: data 8" in text
+    assert "mesh: data 8\nevery device holds the whole state, 23 MiB\n" in text
     assert "exchanged between chips: all-reduce" in text
     assert "without machine code" not in text
     two = found["collectives"] | {"between": {"all-reduce": {"count": 1, "bytes": 2**21}}}

@@ -161,6 +161,30 @@ def parts(environment, tmp_path, what, count=2):
     return Group(environment | {"PYTHONPATH": folder}, tmp_path, count, [str(program), "-"])
 
 
+def test_the_log_names_the_process_that_reads_slowly(environment, tmp_path):
+    what = """
+import hybrid_flax.train
+from tests import tiny
+
+make_batches = hybrid_flax.train.train_batches
+
+def slowly(*args, **kwargs):
+    for batch in make_batches(*args, **kwargs):
+        time.sleep(1.0)
+        yield batch
+
+if process == "1":
+    hybrid_flax.train.train_batches = slowly
+config = tiny.config(
+    batch_size=16, dataset__train_split="train[:96]", dataset__val_split="val[:16]", epochs=1
+)
+hybrid_flax.train.train(config, sys.argv[0] + ".run")
+"""
+    group = parts(environment, tmp_path, what)
+    assert group.wait() == [0, 0], group.text(0) + group.text(1)
+    assert re.search(r"step 4/6: .* process 1 waited \d\.\d s for input", group.text(0))
+
+
 def test_what_the_first_knows_all_know_and_all_hear_everyone(environment, tmp_path):
     what = """
 first = processes.from_first("look", lambda: {"place": processes.name().split(" on ")[0]})

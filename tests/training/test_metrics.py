@@ -123,6 +123,20 @@ def test_speed_counts_steps_but_neither_the_first_nor_pauses(running, capsys):
     progress.close()
 
 
+def test_of_several_processes_the_one_that_waits_longest_is_named(running, capsys):
+    progress = Progress(running[1], batch_size=10, step=0, total_steps=9)
+    first_step(progress, *running)
+    step(progress, *running)
+    speeds = progress.report(2, 1.0, [0.5, 1.25, 0.0])
+    assert (speeds["slowest_process"], speeds["slowest_input_wait"]) == (1, 1.25)
+    step(progress, *running)
+    progress.report(3, 1.0, [0.05, 0.0, 0.0])  # nothing to speak of
+    said = capsys.readouterr().out.splitlines()
+    assert "input wait 25%, process 1 waited 1.2 s for input, 0:00:14 left" in said[-2]
+    assert "process" not in said[-1]
+    progress.close()
+
+
 def test_utilisation_is_the_share_of_the_least_time_a_step_could_take(running, capsys):
     progress = Progress(running[1], batch_size=10, step=7, total_steps=9, seconds_at_peak=0.5)
     first_step(progress, *running)
