@@ -158,6 +158,7 @@ def _begin_or_continue(
 
     def newest():
         nonlocal arrays
+        job.checkpoints.wait()  # one may still be on its way when a run rolls back
         restored = job.checkpoints.restore(program.state)
         if restored is None:
             return None

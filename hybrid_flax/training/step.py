@@ -232,8 +232,8 @@ def make_eval_step(
 
     `apply` is the model from `bridge.as_function`. `batch` has `image` uint8 [B, H, W, 3], `label`
     int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
-    counted images are `top1`, `top5`, `loss` and `images`. `shardings` are of the weights; without
-    them these are whole on every device.
+    counted images are `top1`, `top5`, `loss` and `images`. The weights may lie as they like;
+    `shardings` say where trained ones do, and are needed where those are split.
     """
 
     @on_mesh(mesh)
@@ -253,6 +253,6 @@ def make_eval_step(
 
     return jax.jit(
         eval_step,
-        in_shardings=(shardings or replicated(mesh), batch_sharded(mesh)),
+        in_shardings=(None, batch_sharded(mesh)),
         out_shardings=replicated(mesh),
     )

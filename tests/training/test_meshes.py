@@ -16,6 +16,7 @@ from hybrid_flax.config import build_model
 from hybrid_flax.distributed.mesh import make_mesh, to_devices
 from hybrid_flax.distributed.transfer import place
 from hybrid_flax.program import training_program
+from hybrid_flax.training.step import make_eval_step, weights_of
 
 
 def config(**overrides):
@@ -63,6 +64,17 @@ def run(count=8, **overrides):
     return metrics, state
 
 
+def evaluated(state, count=8, **overrides):
+    """Sums over a batch of the trained and of the averaged weights."""
+    settings = config(**overrides)
+    mesh = make_mesh(jax.devices()[:count], **settings.mesh)
+    program = training_program(settings, mesh, 10)
+    apply, shardings = bridge.as_function(program.model), weights_of(program.shardings)
+    step = make_eval_step(apply, settings, mesh, shardings)
+    images = to_devices(batch(9) | {"mask": np.ones(16, np.float32)}, mesh)
+    return jax.device_get([step(weights, images) for weights in (weights_of(state), state["ema"])])
+
+
 @functools.cache
 def one_device(accumulation_steps):
     metrics, state = run(1, accumulation_steps=accumulation_steps)
@@ -92,5 +104,10 @@ def test_every_mesh_learns_the_same(overrides, kernel):
         )
     fc1 = "stages/1/blocks/0/mlp/fc1/kernel"
     assert flat[f"params/{fc1}"].addressable_shards[0].data.shape == kernel
+    if overrides.keys() & {"sharding__optimizer_over_data", "mesh__tensor"}:
+        want = evaluated(bridge.unflatten_like(state, state_wanted), 1)
+        for got, sums in zip(evaluated(state, **overrides), want, strict=True):
+            assert got["loss"] == pytest.approx(sums["loss"], rel=1e-3)
+            assert got["images"] == sums["images"] == 16
     if "sharding__optimizer_over_data" in overrides:
         assert flat[f"ema/params/{fc1}"].addressable_shards[0].data.shape == (64, 32)
