@@ -90,7 +90,7 @@ def test_stopping_reports_step_parameter_and_images(bad_batch, tmp_path, capsys)
     assert (report["step"], report["batch"]) == (5, 4)
     assert len(report["images"]) == 22  # of 64 rows, each image three times
     assert report["parameter"] in said
-    assert "pytest" in report["command"]
+    assert "python" in report["command"]
     assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
 
 

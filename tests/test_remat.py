@@ -35,10 +35,12 @@ def test_gradients_and_batch_statistics_are_the_same():
 
         results[remat] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(weights["params"]))
     want = bridge.flatten(results["none"])
+    # Gradients of biases before a batch norm are nothing but rounding.
+    noise = 1e-6 * max(np.abs(x).max() for x in want.values())
     for remat in ("blocks", "dots"):
         for path, got in bridge.flatten(results[remat]).items():
-            scale = np.abs(want[path]).max() + 1e-6
-            np.testing.assert_allclose(got / scale, want[path] / scale, atol=1e-4, err_msg=path)
+            atol = 1e-4 * np.abs(want[path]).max() + noise
+            np.testing.assert_allclose(got, want[path], rtol=0, atol=atol, err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +49,10 @@ def test_gradients_and_batch_statistics_are_the_same():
         ("gcvit_xxt", 2 + 2 + 6 + 2),
         ("glnet_4g", 4 + 4 + 18 + 4),
         ("ga_convnext_t", 3 + 3 + 9 + 5 + 3),
-        ("ga_cswin_t", 2 + 4 + 32 + 2),
+        ("ga_cswin_t", 1 + 2 + 21 + 1),
         ("ga_resnet50", 3 + 4 + 6 + 3),
         ("ga_vit_s", 12),
-        ("unified_pvt_micro", 3 + 3 + 3 + 3),
+        ("unified_pvt_micro", 2 + 2 + 3 + 2),
     ],
 )
 def test_each_block_of_every_family_is_computed_again(name, blocks):

@@ -339,12 +339,12 @@ def test_dilations_that_differ_are_not_mixed_up_on_a_mesh():
     assert distance(out, definition(geometry)(*inputs)) < 1e-6
 
 
-def test_checkpoint_gives_the_same_bits_and_so_does_a_second_run(inputs):
+def test_a_second_run_gives_the_same_bits_and_checkpoint_the_same_numbers(inputs):
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     again = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2)))
     for one, two, three in zip(step(*inputs), step(*inputs), again(*inputs), strict=True):
         np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, three)
+        np.testing.assert_allclose(one, three, rtol=0, atol=1e-6)  # fused otherwise
 
 
 @pytest.mark.parametrize(("platform", "calls"), [("tpu", 2), ("cuda", 3)])
