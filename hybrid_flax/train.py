@@ -40,7 +40,7 @@ from hybrid_flax.distributed.processes import from_first, is_first
 from hybrid_flax.distributed.rules import shares, show_shares
 from hybrid_flax.distributed.transfer import place, to_all, whole
 from hybrid_flax.distributed.watchdog import Watchdog
-from hybrid_flax.errors import TrainingError
+from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
 from hybrid_flax.goodput import Ledger, Phases
 from hybrid_flax.init_from import initial_weights
@@ -50,7 +50,11 @@ from hybrid_flax.training.metrics import MetricWriter, draw_curves
 from hybrid_flax.training.non_finite import Mishaps, NonFiniteStep, is_finite
 from hybrid_flax.training.progress import Progress, seconds_at_peak
 from hybrid_flax.training.step import State, make_eval_step, weights_of
-from hybrid_flax.workdir import Workdir, to_plain
+from hybrid_flax.versions import versions
+from hybrid_flax.workdir import Workdir, differences, to_plain
+
+# Settings that processes on different hosts may have each for itself.
+_OF_A_HOST = ("dataset.cache", "dataset.index", "dataset.num_workers", "dataset.path")
 
 
 class Job(NamedTuple):
@@ -89,6 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
     recorder = Profile(profile if is_first() else "", os.path.join(workdir, "profile"))
     train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
+    _check_same_everywhere(config, train_source, val_source)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     with contextlib.ExitStack() as stack:
@@ -129,6 +134,21 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
                     raise TrainingError(_report(job, error)) from error
                 logging.warning("%s; going back to the last checkpoint", error)
                 rolled_back_from = error
+
+
+def _check_same_everywhere(config: ml_collections.ConfigDict, *sources: Source) -> None:
+    """Raises InputError if this process was not started with the settings and data of the first."""
+    mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
+    mine["commit"] = versions()["commit"]
+    first = from_first("compare the settings", lambda: mine)
+    if lines := [
+        f"  {name}: there {theirs!r}, here {ours!r}"
+        for name, theirs, ours in differences(first, mine, _OF_A_HOST)
+    ]:
+        raise InputError(
+            "this process was started with other settings, data or code than the first one; give "
+            "the same to all:\n" + "\n".join(lines)
+        )
 
 
 def _introduce(job: Job, steps_per_epoch: int) -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 import ml_collections
@@ -127,12 +128,9 @@ class Workdir:
         elif os.path.exists(file):
             with open(file) as stream:
                 theirs = json.load(stream)
-            mine_flat, theirs_flat = _dotted(mine), _dotted(theirs)
             lines = [
-                f"  {name}: the run has {theirs_flat.get(name, 'nothing')!r}, "
-                f"you gave {mine_flat.get(name, 'nothing')!r}"
-                for name in sorted(mine_flat.keys() | theirs_flat.keys())
-                if name not in _FREE and mine_flat.get(name) != theirs_flat.get(name)
+                f"  {name}: the run has {then!r}, you gave {now!r}"
+                for name, then, now in differences(theirs, mine, _FREE)
             ]
             if lines:
                 raise InputError(
@@ -182,6 +180,21 @@ class Workdir:
 def to_plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The config as JSON knows it: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(
+    one: dict[str, Any], other: dict[str, Any], free: Iterable[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value in one, value in the other) where two nested dicts differ.
+
+    Names in `free` may differ; what one does not have is "nothing".
+    """
+    one, other = _dotted(one), _dotted(other)
+    pairs = {
+        name: (one.get(name, "nothing"), other.get(name, "nothing"))
+        for name in sorted((one.keys() | other.keys()) - set(free))
+    }
+    return [(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -142,6 +142,22 @@ def test_an_error_of_one_ends_all_and_says_whose_it_was(environment, tmp_path):
     assert re.search(r"error: process 0 of 2 on .* stopped: cannot write to", group.text(1))
 
 
+def test_processes_that_were_started_differently_are_refused(environment, tmp_path):
+    what = """
+from hybrid_flax.train import train
+from tests import tiny
+
+images = {"0": "train[:96]", "1": "train[:80]"}[process]
+train(tiny.config(seed=int(process), dataset__train_split=images), sys.argv[0] + ".run")
+"""
+    group = parts(environment, tmp_path, what)
+    group.until(1, "started with other settings, data or code than the first one")
+    group.wait(60)
+    assert "  seed: there 0, here 1" in group.text(1)
+    assert "  dataset.train_split: there 'train[:96]', here 'train[:80]'" in group.text(1)
+    assert "  data 0.images: there 96, here 80" in group.text(1)
+
+
 # ------------------------------------------------------------------------------- the parts alone
 
 PARTS = """
