@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -55,10 +56,16 @@ def start(
             f"{', '.join(given)}: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
             "belong together; give all three, or none where the cluster says them"
         )
-    if given and (":" not in coordinator or not 0 <= process_id < num_processes):
+    reachable = given and re.fullmatch(r".+:[1-9]\d{0,4}", coordinator)
+    if given and not (reachable and 0 <= process_id < num_processes):
         raise InputError(
             f"{', '.join(given)}: expected HOST:PORT, and a process_id from 0 to below the number "
             "of processes"
+        )
+    if timeout < 5:
+        raise InputError(
+            f"--peer_timeout={timeout}: expected 5 seconds or more; a process that is merely busy "
+            "must not count as gone"
         )
     jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
     try:

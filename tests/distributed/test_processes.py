@@ -215,6 +215,7 @@ print(first, processes.everyone("count", f"I am {process}"))
 def test_waiting_is_bounded_and_names_who_is_missing(environment, tmp_path):
     what = """
 import os
+processes.name()  # JAX on the CPU has no devices before all have come
 done = sys.argv[0] + ".done"
 while process == "1" and not os.path.exists(done):
     time.sleep(0.1)
@@ -235,6 +236,7 @@ except TrainingError as error:
         (("h:1", None, None), "--coordinator=h:1: --coordinator=HOST:PORT, --num_processes=N and"),
         ((None, 2, 0), "--num_processes=2, --process_id=0: --coordinator=HOST:PORT"),
         (("host", 2, 0), "--coordinator=host, --num_processes=2, --process_id=0: expected HOST"),
+        (("host:http", 2, 0), "--coordinator=host:http, --num_processes=2, --process_id=0: expect"),
         (("h:1", 2, 2), "--process_id=2: expected HOST:PORT, and a process_id from 0 to below"),
     ],
 )
@@ -242,6 +244,11 @@ def test_flags_that_cannot_be_used_are_named(flags, message):
     with pytest.raises(ValueError) as error:
         processes.start(*flags)
     assert message in str(error.value)
+
+
+def test_patience_of_no_seconds_is_refused():
+    with pytest.raises(ValueError, match="--peer_timeout=0: expected 5 seconds or more"):
+        processes.start(timeout=0)
 
 
 def test_slurm_and_open_mpi_are_found_without_flags(environment, tmp_path):
