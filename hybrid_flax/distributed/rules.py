@@ -77,7 +77,13 @@ def where_used(shardings: Any) -> Any:
 
 
 def _checked(rules: Rules) -> Rules:
-    for pattern, axes in rules:
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], tuple)):
+            raise InputError(
+                f"--config.sharding.rules: {rule!r} is not a pattern and a tuple of mesh axes, "
+                "such as ('/fc1/kernel$', (None, 'tensor'))"
+            )
+        pattern, axes = rule
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:

@@ -80,6 +80,11 @@ def test_own_rules_come_first():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
+        (
+            "head/kernel$",
+            "rules: 'head/kernel$' is not a pattern and a tuple of mesh axes, such as",
+        ),
+        (("head/kernel$", "fsdp"), "('head/kernel$', 'fsdp') is not a pattern and a tuple"),
         (("(", ()), "--config.sharding.rules: '(' is not a regular expression"),
         (("head", ("model",)), "'head' asks for the mesh axis 'model'; there are 'data', 'fsdp'"),
     ],
