@@ -57,7 +57,7 @@ def run(
                 raise
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, jax.errors.JaxRuntimeError) and "onnection" in reason:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "connection" in reason.lower():
                 reason = f"the connection to another process is lost, see its log ({reason})"
             _say(reason)
             processes.leave(1, reason)

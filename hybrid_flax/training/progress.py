@@ -21,6 +21,7 @@ class Progress:
       phases: of this process.
       step: where it begins; its first step, which compiles, has a phase of its own.
       seconds_at_peak: what a step would take at the chips' peak; None where that is not known.
+      quiet: no bar; what is printed is up to the process, whose standard output may be closed.
     """
 
     def __init__(
@@ -31,12 +32,13 @@ class Progress:
         step: int,
         total_steps: int,
         seconds_at_peak: float | None = None,
+        quiet: bool = False,
     ):
         self._phases = phases
         self._batch_size = batch_size
         self._total = total_steps
         self._seconds_at_peak = seconds_at_peak
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=quiet or None)
         if step < total_steps:
             if self._bar.disable:
                 print("compiling the first step", flush=True)
