@@ -15,7 +15,6 @@ the figures (scaling.py says what it assumes).
 import collections
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
@@ -168,6 +167,7 @@ def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, 
     with recorded() as calls:
         program = training_program(config, mesh, steps_per_epoch)
         traced = program.train_step.trace(_placed(program), _batch(config, mesh))
+    split = shares(program.state, program.shardings)
     found = {
         "topology": target.name,
         "chips": mesh.size,
@@ -178,9 +178,10 @@ def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, 
         "batch_per_chip": config.batch_size // batch_parts(mesh),
         "accumulation_steps": config.accumulation_steps,
         "bytes_of_state": {
-            name: _bytes(part, program.shardings[name]) for name, part in program.state.items()
+            name: sum(share.chip_bytes for share in split if share.part == name)
+            for name in program.state
         },
-        "split": [share._asdict() for share in shares(program.state, program.shardings)],
+        "split": [share._asdict() for share in split],
         "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
         // mesh.size,
         "kernels": _kernels(calls, target.platform),
@@ -238,14 +239,6 @@ def _placed(program: Program):
         program.state,
         program.shardings,
     )
-
-
-def _bytes(tree, shardings) -> int:
-    """On one device."""
-    sizes = jax.tree.map(
-        lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
 
 
 def _kernels(calls, platform: str) -> dict[str, int]:
