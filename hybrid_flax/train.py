@@ -245,6 +245,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         step=step,
         total_steps=total_steps,
         seconds_at_peak=seconds_at_peak(config, job.program.model, mesh.size),
+        quiet=not is_first(),
     )
     pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics that are still on the device)
     waited = known.waited  # when something was last logged
@@ -421,20 +422,8 @@ def _report(job: Job, error: NonFiniteStep) -> str:
         group=config.augment.mix_group,
     )
     command = shlex.join(sys.orig_argv)
-    job.run.write_json(
-        "non_finite.json",
-        {
-            "step": error.step,
-            "batch": error.batch,
-            "loss": str(error.loss),
-            "grad_norm": str(error.grad_norm),
-            "parameter": error.parameter,
-            "mishaps": error.mishaps._asdict(),
-            "checkpoint": last,
-            "command": command,
-            "images": {index: source.name(index) for index in images},
-        },
-    )
+    names = {index: source.name(index) for index in images}
+    job.run.write_json("non_finite.json", error.report(last, names, command))
     return (
         f"{error} (--config.on_non_finite={config.on_non_finite}, "
         f"--config.non_finite_limit={config.non_finite_limit}). It changed no weights, and nothing "

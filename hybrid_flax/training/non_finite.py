@@ -33,6 +33,26 @@ class NonFiniteStep(Exception):
             + (f", first in the gradient of {parameter}" if parameter else "")
         )
 
+    def report(self, checkpoint: str, images: dict[int, str], command: str) -> dict[str, Any]:
+        """For `non_finite.json`: what is needed to look at the step, and to come to it again.
+
+        Args:
+          checkpoint: the last one; a path, or that there is none.
+          images: of the step's batch, {index: name}.
+          command: of this run.
+        """
+        return {
+            "step": self.step,
+            "batch": self.batch,
+            "loss": str(self.loss),
+            "grad_norm": str(self.grad_norm),
+            "parameter": self.parameter,
+            "mishaps": self.mishaps._asdict(),
+            "checkpoint": checkpoint,
+            "command": command,
+            "images": images,
+        }
+
     def after_rolling_back(self, step: int, then: Mishaps) -> Mishaps:
         """For going on from an earlier step, where the counts were these, behind the batch."""
         return Mishaps(then.skipped, self.mishaps.rolled_back + 1, self.batch + 1 - step)
