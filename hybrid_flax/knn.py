@@ -131,7 +131,7 @@ def main(
     """Prints the top-1 accuracy of the validation images by the training images around them."""
     config = ml_collections.ConfigDict(config)
     check(config)
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     train, val = (source_of(config.dataset, split) for split in ("train", "val"))
     _check(neighbours, temperature, len(train))  # before the minutes that features take
     resolve_classes(config, train)

@@ -45,7 +45,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
     """Writes a map for every training image that has none."""
     config = ml_collections.ConfigDict(config)
     check(config)
-    mesh = make_mesh()
+    mesh = make_mesh(**config.mesh)
     source = source_of(config.dataset, "train")
     resolve_classes(config, source)
     if config.model.num_classes > 2048:
