@@ -12,17 +12,14 @@ import pytest
 from flax import nnx
 
 import hybrid_flax
+from benchmarks.plans import configs
 from hybrid_flax import bridge
 from hybrid_flax.config import build_model, check
 from hybrid_flax.errors import InputError
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.workdir import to_plain
 
-CONFIGS = sorted(
-    path.stem
-    for path in pathlib.Path("configs").glob("*.py")
-    if path.stem not in ("__init__", "arguments", "recipes", "quickstart", "finetune")
-)
+CONFIGS = sorted(configs())
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs.json"
 
 DOCUMENT = pathlib.Path("docs/recipes.md").read_text()
