@@ -322,14 +322,31 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     return [path for path in arrays if arrays[path].tobytes() != others[path].tobytes()]
 
 
-def main() -> int:
+def parse(troubles: str, default: int) -> argparse.Namespace:
+    """What the command line asks for: how many, `seed`, `folder` and whether to `keep` it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--faults", type=int, default=300)
+    parser.add_argument(f"--{troubles}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="to keep what was written")
     options = parser.parse_args()
-    folder = options.folder or pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    options.keep = options.folder is not None
+    options.folder = options.folder or pathlib.Path(tempfile.mkdtemp(prefix=f"{troubles}-"))
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def verdict(options: argparse.Namespace, disturbed: pathlib.Path) -> int:
+    """Says which arrays a run has otherwise than the one in `undisturbed`; the exit status."""
+    different = differences(options.folder / "undisturbed", disturbed)
+    print(f"arrays that differ from the undisturbed run: {', '.join(different) or 'none'}")
+    if not options.keep:
+        shutil.rmtree(options.folder)
+    return 1 if different else 0
+
+
+def main() -> int:
+    options = parse("faults", 300)
+    folder = options.folder
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     for slow in ("hybrid_flax.cli", "sklearn.datasets", "tensorboardX", "matplotlib.pyplot"):
@@ -359,11 +376,7 @@ def main() -> int:
     print(f"{chaos.noticed} times a damaged checkpoint was refused")
     print(f"{sum(chaos.lost)} steps done again, at most {max(chaos.lost)} after one stop")
     print(f"{time.monotonic() - began:.0f} s, {undisturbed:.0f} s of them for the undisturbed run")
-    different = differences(folder / "undisturbed", chaos.run.path)
-    print(f"arrays that differ from the undisturbed run: {', '.join(different) or 'none'}")
-    if not options.folder:
-        shutil.rmtree(folder)
-    return 1 if different else 0
+    return verdict(options, chaos.run.path)
 
 
 if __name__ == "__main__":

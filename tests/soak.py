@@ -7,19 +7,16 @@ process counts as gone. Both are started again. At the end the last checkpoint i
 bit with that of two processes that nobody disturbed.
 """
 
-import argparse
 import os
 import pathlib
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
-from tests.chaos import Failure, Watched, differences, wait_for
+from tests.chaos import Failure, Watched, parse, verdict, wait_for
 
 PEER_TIMEOUT = 20  # seconds; the default, 60, would make the soak longer and show no more
 SLACK = 20  # seconds that a survivor may take besides, on a busy machine
@@ -96,12 +93,8 @@ def kill_one(pair: Pair, run: Watched, victim: int, step: int, delay: float) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=pathlib.Path, help="to keep what was written")
-    options = parser.parse_args()
-    folder = options.folder or pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
+    options = parse("kills", 10)
+    folder = options.folder
     rng, began = random.Random(options.seed), time.monotonic()
     compiled, run = folder / "compiled", Watched(folder / "disturbed")
     print(f"seed {options.seed}, {STEPS} steps, in {folder}", flush=True)
@@ -122,11 +115,7 @@ def main() -> int:
     finally:
         pair.end()
     print(f"{options.kills} kills, {time.monotonic() - began:.0f} s")
-    different = differences(folder / "undisturbed", run.path)
-    print(f"arrays that differ from the undisturbed run: {', '.join(different) or 'none'}")
-    if not options.folder:
-        shutil.rmtree(folder)
-    return 1 if different else 0
+    return verdict(options, run.path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chaos run in small: one fault of each kind. `make chaos` is the real one."""
+"""Chaos and soak in small. `make chaos` and `make soak` are the real ones."""
 
 import re
 import subprocess
@@ -7,18 +7,24 @@ import sys
 from tests.chaos import DAMAGES, STOPS, plan
 
 
-def test_one_fault_of_each_kind_changes_no_bit():
+def run(*arguments):
+    """What it printed, of a run that changed nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", "--faults=9", "--seed=1"],
-        capture_output=True,
-        text=True,
-        timeout=1200,
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=1200
     )
-    said = done.stdout
-    assert done.returncode == 0, said + done.stderr
-    assert "arrays that differ from the undisturbed run: none" in said
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "arrays that differ from the undisturbed run: none" in done.stdout
+    return done.stdout
+
+
+def test_one_fault_of_each_kind_changes_no_bit():
+    said = run("tests.chaos", "--faults=9", "--seed=1")
     for kind in STOPS + DAMAGES:
         assert re.search(rf"^ +1  {kind}$", said, flags=re.MULTILINE), said
+
+
+def test_a_killed_process_ends_the_other_and_changes_no_bit():
+    assert "; the other ended after" in run("tests.soak", "--kills=1", "--seed=1")
 
 
 def test_a_plan_has_all_kinds_in_equal_shares_and_follows_from_its_seed():
