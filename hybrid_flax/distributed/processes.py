@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from jax._src.distributed import global_state  # the service's client has no pub
 from hybrid_flax.errors import InputError, TrainingError
 
 PATIENCE = 600.0  # seconds for the others to come to the same place of the program
+_JOINING = 300.0  # seconds for all to be started
 _POLL = 1.0  # seconds between looking for failures of others
 _FAILED = "hybrid_flax/failed/"
 _calls = itertools.count()
@@ -45,7 +47,8 @@ def start(
       timeout: seconds after which a process that is silent counts as gone and the others stop.
 
     Raises:
-      InputError: some but not all arguments are given, or the others did not come.
+      InputError: some but not all arguments are given, the port is taken, or the cluster's
+        description cannot be used. If the others do not come within 300 seconds, the process ends.
     """
     flags = {
         "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
@@ -67,13 +70,19 @@ def start(
             f"--peer_timeout={timeout}: expected 5 seconds or more; a process that is merely busy "
             "must not count as gone"
         )
+    if given and process_id == 0:
+        _check_free(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
+    # JAX itself would end with a stack trace, in which its reason is hard to find.
+    giving_up = threading.Timer(_JOINING, _give_up, [process_id, num_processes, coordinator])
+    giving_up.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=int(_JOINING) + 60,
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
         )
@@ -83,14 +92,39 @@ def start(
         raise InputError(f"cannot join the other processes: {error}") from error
     except (RuntimeError, jax.errors.JaxRuntimeError) as error:
         raise InputError(
-            f"process {process_id} of {num_processes} could not join the others at "
-            f"{coordinator or 'the address that the cluster says'}: "
-            f"{str(error).splitlines()[0]}. Were all of them started, and can they reach it?"
+            f"cannot join the other processes: {str(error).splitlines()[0]}"
         ) from error
+    finally:
+        giving_up.cancel()
     if several():
         threading.Thread(
             target=_stop_with_others, args=[global_state.process_id], daemon=True
         ).start()
+
+
+def _give_up(process_id: int | None, num_processes: int | None, coordinator: str | None) -> None:
+    who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+    where = coordinator or "the address that the cluster says"
+    print(
+        f"error: {who} waited {_JOINING:.0f} s for the others at {where}; were all started, with "
+        "the same address, and can they reach it?",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def _check_free(coordinator: str) -> None:
+    """Raises InputError if its port is taken here; JAX would end with a segmentation fault."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run has just ended
+        try:
+            listener.bind(("", int(coordinator.rpartition(":")[2])))
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"--coordinator={coordinator}: process 0 cannot listen on this port ({error}); "
+                "give all processes another one"
+            ) from error
 
 
 def several() -> bool:

@@ -164,15 +164,16 @@ PARTS = """
 import sys, time
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import TrainingError
+{before}
 coordinator, count, process = (argument.split("=")[1] for argument in sys.argv[2:5])
 processes.start(coordinator, int(count), int(process), timeout=15)
 {what}
 """
 
 
-def parts(environment, tmp_path, what, count=2):
+def parts(environment, tmp_path, what, count=2, before=""):
     program = tmp_path / "parts.py"
-    program.write_text(PARTS.format(what=what))
+    program.write_text(PARTS.format(what=what, before=before))
     folder = os.getcwd()
     return Group(environment | {"PYTHONPATH": folder}, tmp_path, count, [str(program), "-"])
 
@@ -230,6 +231,21 @@ except TrainingError as error:
     assert "waited 3 s to restore: of 2 processes 1 did not come" in group.text(0)
 
 
+@pytest.mark.parametrize("alone", ["0", "1"])
+def test_a_process_whose_others_are_not_started_says_so(environment, tmp_path, alone):
+    before = f"""
+processes._JOINING = 3
+if sys.argv[4] != "--process_id={alone}":
+    raise SystemExit
+"""
+    group = parts(environment, tmp_path, "", before=before)
+    statuses = group.wait(60)
+    assert statuses[int(alone)] == 2
+    assert f"error: process {alone} of 2 waited 3 s for the others at 127.0" in group.text(
+        int(alone)
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -249,6 +265,13 @@ def test_flags_that_cannot_be_used_are_named(flags, message):
 def test_patience_of_no_seconds_is_refused():
     with pytest.raises(ValueError, match="--peer_timeout=0: expected 5 seconds or more"):
         processes.start(timeout=0)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"--coordinator={address}: process 0 cannot listen"):
+            processes.start(address, 2, 0)
 
 
 def test_slurm_and_open_mpi_are_found_without_flags(environment, tmp_path):
