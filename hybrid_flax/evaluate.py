@@ -2,7 +2,8 @@
 
 python -m hybrid_flax.evaluate --config=configs/gcvit_b.py --workdir=DIR
 
-DIR is the work directory of a training run, or what `python -m convert` wrote.
+DIR is the work directory of a training run, or what `python -m convert` wrote. Several processes
+can share the work, as they do in training; only the first has to see DIR.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.loader import EvalTransform, eval_batches
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.distributed.mesh import local_rows, make_mesh, replicated, round_up, to_devices
-from hybrid_flax.distributed.transfer import place
+from hybrid_flax.distributed.processes import from_first
+from hybrid_flax.distributed.transfer import place, to_all
 from hybrid_flax.training.step import make_eval_step
 
 
@@ -93,13 +95,21 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     resolve_classes(config, source)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)
-    loaded = load_weights(workdir)
+    like, loaded = bridge.flatten(template), {}
+
+    def newest() -> dict[str, Any]:
+        saved = load_weights(workdir)
+        loaded.update(val=saved.trained, val_ema=saved.averaged)
+        names = [name for name, arrays in loaded.items() if arrays]
+        for name in names:
+            check_same(loaded[name], like, f"the checkpoint in {workdir}")
+        return {"step": saved.step, "names": names}
+
+    found = from_first("read the checkpoint", newest)
     weights = {}
-    for name, arrays in (("val", loaded.trained), ("val_ema", loaded.averaged)):
-        if arrays:
-            check_same(arrays, bridge.flatten(template), f"the checkpoint in {workdir}")
-            tree = bridge.unflatten_like(template, arrays)
-            weights[name] = place(tree, replicated(mesh))
+    for name in found["names"]:
+        tree = bridge.unflatten_like(template, to_all(loaded.get(name), like))
+        weights[name] = place(tree, replicated(mesh))
     results = evaluate(
         make_eval_step(bridge.as_function(model), config, mesh),
         weights,
@@ -107,7 +117,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
         config,
         mesh,
     )
-    print(f"{config.model.name} at step {loaded.step} of {workdir}, {config.dataset.name}:")
+    print(f"{config.model.name} at step {found['step']} of {workdir}, {config.dataset.name}:")
     print(show_results(results))
     return 0
 

@@ -13,7 +13,8 @@ from hybrid_flax.checkpoints import load_weights
 from hybrid_flax.class_map import read_class_map, select_classes
 from hybrid_flax.config import build_model
 from hybrid_flax.distributed.mesh import replicated
-from hybrid_flax.distributed.transfer import place
+from hybrid_flax.distributed.processes import from_first
+from hybrid_flax.distributed.transfer import place, to_all
 from hybrid_flax.errors import InputError
 from hybrid_flax.fitting import fit
 
@@ -30,7 +31,8 @@ def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, 
 
     `config.init_class_map` names a file that says which class of that checkpoint each class is, so
     that the classifier is kept. Otherwise a classifier for another number of classes is left fresh.
-    Position tables of another image size are resized. All of it is printed.
+    Position tables of another image size are resized. All of it is printed. Of several processes
+    only the first reads the files.
 
     Raises:
       InputError: no checkpoint there, or one of another architecture: every difference is listed;
@@ -48,12 +50,19 @@ def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, 
                 "--config.init_from="
             )
         return start
-    weights, origin = _load(config)
-    if config.init_class_map:
-        rows = read_class_map(config.init_class_map, config.model.num_classes)
-        weights = select_classes(weights, rows)
-        print(f"the classifier keeps {len(rows)} classes by {config.init_class_map}")
-    flat = fit(weights, bridge.flatten(start), origin)
+    like, flat = bridge.flatten(start), None
+
+    def fitted() -> None:
+        nonlocal flat
+        weights, origin = _load(config)
+        if config.init_class_map:
+            rows = read_class_map(config.init_class_map, config.model.num_classes)
+            weights = select_classes(weights, rows)
+            print(f"the classifier keeps {len(rows)} classes by {config.init_class_map}")
+        flat = fit(weights, like, origin)
+
+    from_first(f"read {config.init_from}", fitted)
+    flat = to_all(flat, like)
     return place(bridge.unflatten_like(start, flat), replicated(mesh))
 
 

@@ -202,6 +202,30 @@ hybrid_flax.train.train(config, sys.argv[0] + ".run")
     assert re.search(r"step 4/6: .* process 1 waited \d\.\d s for input", group.text(0))
 
 
+def test_only_the_first_reads_checkpoints(undisturbed, environment, tmp_path):
+    workdir, _ = undisturbed
+    what = f"""
+from hybrid_flax import bridge, evaluate
+from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.init_from import initial_weights
+from tests import tiny
+
+folder = {{"0": {str(workdir)!r}, "1": "nowhere"}}[process]
+evaluate.main(tiny.config(), folder)
+config = tiny.config(init_from=folder, model__num_classes=10)
+weights = bridge.flatten(initial_weights(config, make_mesh()))
+print("sum", sum(float(abs(array).sum()) for array in weights.values()))
+"""
+    group = parts(environment, tmp_path, what)
+    assert group.wait() == [0, 0], group.text(0) + group.text(1)
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert f"trained weights : top-1 {last['val/top1']:.2f} %" in group.text(0)
+    arrays = Checkpoints(workdir / "checkpoints").restore()[1]
+    want = sum(abs(array).sum() for name, array in arrays.items() if name.startswith("ema/params/"))
+    for i in range(2):
+        assert float(re.search(r"^sum (.*)$", group.text(i), re.M)[1]) == pytest.approx(want)
+
+
 def test_what_the_first_knows_all_know_and_all_hear_everyone(environment, tmp_path):
     what = """
 first = processes.from_first("look", lambda: {"place": processes.name().split(" on ")[0]})
