@@ -4,7 +4,8 @@ Orbax writes and restores; it loads a flipped bit without a word, casts dtypes s
 falls back. So beside its files we keep a manifest with shape, dtype and CRC-32 of every array, and
 on restoring compare the tree first, then every array, and take the step before a damaged one.
 
-On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`.
+On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`. On
+object storage the same; how it gets there: `buckets.py`.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from hybrid_flax.bridge import flatten, unflatten
+from hybrid_flax.buckets import BucketSteps, is_bucket
 from hybrid_flax.errors import InputError, TrainingError
 
 FORMAT = 1
@@ -50,7 +53,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: local path or any that Orbax knows (`gs://…`); created by the first save.
+      directory: a local folder, created by the first save, or one on object storage (`gs://…`).
       keep: how many of the newest steps to keep.
       keep_every_steps: multiples of it are never deleted; 0: none.
       keep_best: how many of the best to keep besides, by what `rate` was told; 0: none.
@@ -64,18 +67,24 @@ class Checkpoints:
         keep_every_steps: int = 0,
         keep_best: int = 0,
     ):
-        self.directory = epath.Path(directory)
+        self._stored = (
+            BucketSteps(os.fspath(directory)) if is_bucket(directory) else FolderSteps(directory)
+        )
+        self.directory = self._stored.folder  # where steps are written first
         self._keep = keep
         self._keep_every_steps = keep_every_steps
         self._keep_best = keep_best
         self._scores: dict[int, float] = {}
-        self._saving: tuple[int, ocp.AsyncResponse] | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a finished save, ascending; nothing is said about their being intact."""
-        if not self.directory.exists():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return self._stored.steps()
+
+    def name(self, step: int) -> str:
+        """Path or URL of a step."""
+        return f"{self._stored}/{step}"
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
         """Copies the tree to the host, then writes it in the background.
@@ -108,7 +117,14 @@ class Checkpoints:
                 )
         except Exception as error:
             raise self._failed(step, error) from error
-        self._saving = step, response
+        self._saving = step, self._background.submit(self._finish, step, response)
+
+    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
+        response.result()
+        self._stored.finish(step)
+        if step not in self.steps():
+            raise FileNotFoundError("it is not there after saving")
+        self._delete_old()
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises CheckpointSaveError if it failed."""
@@ -119,9 +135,6 @@ class Checkpoints:
             response.result()
         except Exception as error:
             raise self._failed(step, error) from error
-        if step not in self.steps():
-            raise self._failed(step, "it is not there after saving")
-        self._delete_old()
 
     def rate(self, step: int, score: float) -> bool:
         """Notes how good a step is; whether it is among the best, so that it should be saved.
@@ -147,16 +160,14 @@ class Checkpoints:
                 self._read(steps[-1], None)
             except DamagedCheckpointError as error:
                 logging.warning(
-                    "checkpoint %s is damaged: %s. Older ones are kept",
-                    self.directory / str(steps[-1]),
-                    error,
+                    "checkpoint %s is damaged: %s. Older ones are kept", self.name(steps[-1]), error
                 )
                 return
         for step in old:
-            _delete(self.directory / str(step))
+            self._stored.delete(step)
 
     def check_space(self, tree: Any) -> None:
-        """Compares the size of a checkpoint with the free space of the disk.
+        """Compares the size of a checkpoint with the free space of the disk it is written to.
 
         Warns if there is not enough for all that are kept at the same time.
 
@@ -166,8 +177,6 @@ class Checkpoints:
         Raises:
           InputError: not even one fits.
         """
-        if "://" in os.fspath(self.directory):
-            return
         here = self.directory
         while not here.exists():
             here = here.parent
@@ -176,8 +185,10 @@ class Checkpoints:
         if free < each:
             raise InputError(
                 f"{self.directory}: a checkpoint of this run takes {_size(each)}, the disk has "
-                f"{_size(free)} left. Free some, or choose another --workdir"
+                f"{_size(free)} left. Free some, or {self._stored.ELSEWHERE}"
             )
+        if not self._stored.KEPT_HERE:
+            return
         # One more than is kept, while the newest is being written.
         most = self._keep + self._keep_best + 1 - min(len(self.steps()), self._keep)
         if free < most * each:
@@ -212,9 +223,7 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 damaged[step] = str(error)
                 logging.warning(
-                    "checkpoint %s is damaged and will not be used: %s",
-                    self.directory / str(step),
-                    error,
+                    "checkpoint %s is damaged and will not be used: %s", self.name(step), error
                 )
                 continue
             if damaged:
@@ -223,7 +232,7 @@ class Checkpoints:
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
             raise InputError(
-                f"every checkpoint in {self.directory} is damaged; nothing was loaded. Restore the "
+                f"every checkpoint in {self._stored} is damaged; nothing was loaded. Restore the "
                 f"folder from a copy, or start again in another work directory\n{reasons}"
             )
         return None
@@ -234,26 +243,25 @@ class Checkpoints:
         Steps that are there were found damaged: they move to `damaged/` beside the checkpoints.
         What an interrupted save left behind is deleted.
         """
-        if not self.directory.exists():
-            return
-        for path in self.directory.iterdir():
-            if path.name.isdigit() and int(path.name) > step:
-                target = self.directory.parent / "damaged" / path.name
-                if target.exists():
-                    target.rmtree()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(target)
-                logging.warning("moved the damaged checkpoint of step %s to %s", path.name, target)
-            elif not path.name.isdigit():
-                _delete(path)
+        for damaged in self.steps():
+            if damaged > step:
+                target = self._stored.set_aside(damaged)
+                logging.warning("moved the damaged checkpoint of step %s to %s", damaged, target)
+        self._stored.delete_unfinished()
 
     def _read(self, step: int, expected: Any) -> tuple[Arrays, dict[str, Any]]:
-        manifest = self._load(step, "manifest")
+        with self._stored.open(step) as folder:
+            return self._read_from(folder, step, expected)
+
+    def _read_from(
+        self, folder: epath.Path, step: int, expected: Any
+    ) -> tuple[Arrays, dict[str, Any]]:
+        manifest = _load(folder, "manifest")
         if not isinstance(manifest, dict) or manifest.get("digest") != _digest(manifest):
             raise DamagedCheckpointError("its manifest does not match its own checksum")
         if manifest["format"] > FORMAT:
             raise InputError(
-                f"{self.directory / str(step)} has checkpoint format {manifest['format']}; this "
+                f"{self.name(step)} has checkpoint format {manifest['format']}; this "
                 f"version of hybrid_flax reads up to {FORMAT}. Update hybrid_flax"
             )
         arrays = manifest["arrays"]
@@ -262,10 +270,8 @@ class Checkpoints:
                 path: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
                 for path, entry in arrays.items()
             }
-            check_same(shapes, expected, f"checkpoint {self.directory / str(step)}")
-        found = {
-            path: np.asarray(leaf) for path, leaf in flatten(self._load(step, "state")).items()
-        }
+            check_same(shapes, expected, f"checkpoint {self.name(step)}")
+        found = {path: np.asarray(leaf) for path, leaf in flatten(_load(folder, "state")).items()}
         problems = [f"array {path} is missing" for path in arrays if path not in found]
         problems += [f"array {path} should not be there" for path in found if path not in arrays]
         problems += [
@@ -277,38 +283,89 @@ class Checkpoints:
             raise DamagedCheckpointError("; ".join(problems) or f"it is of step {manifest['step']}")
         return found, manifest["meta"]
 
-    def _load(self, step: int, name: str):
-        with _quiet_background():
-            try:
-                with _context():
-                    return ocp.load_checkpointables(self.directory / str(step), {name: None})[name]
-            except Exception as error:  # whatever Orbax and TensorStore raise on unreadable files
-                while error.__cause__ is not None:
-                    error = error.__cause__
-                reason = f"{type(error).__name__}: {str(error)[:300]}"
-            time.sleep(0.5)  # for the reads that are still under way
-            gc.collect()
-        raise DamagedCheckpointError(f"its {name} cannot be read ({reason})")
-
     def _failed(self, step: int, reason: object) -> CheckpointSaveError:
         others = [other for other in self.steps() if other != step]
         return CheckpointSaveError(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {reason}. "
-            f"The last one on disk is of step {max(others, default='none')}"
+            f"the checkpoint of step {step} could not be written to {self._stored}: {reason}. "
+            f"The last one there is of step {max(others, default='none')}"
         )
 
 
-def _delete(path: epath.Path) -> None:
+class FolderSteps:
+    """The steps of a run's checkpoints in a local folder, where Orbax renames what is finished."""
+
+    KEPT_HERE = True
+    ELSEWHERE = "choose another --workdir"
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = epath.Path(folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def steps(self) -> list[int]:
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def finish(self, step: int) -> None:
+        """Of a step that Orbax has written into the folder."""
+
+    @contextlib.contextmanager
+    def open(self, step: int) -> Iterator[epath.Path]:
+        """A local folder with the step in it."""
+        yield self.folder / str(step)
+
+    def delete(self, step: int) -> None:
+        """That it cannot be deleted is no reason to stop."""
+        path = self.folder / str(step)
+        with _warned(path):
+            # What is half deleted must not pass for a checkpoint.
+            path = path.rename(path.with_name(f"{step}.deleted"))
+            with _warned(path):
+                path.rmtree()
+
+    def set_aside(self, step: int) -> str:
+        """Moves a step to `damaged/` beside the others; says where to."""
+        target = self.folder.parent / "damaged" / str(step)
+        if target.exists():
+            target.rmtree()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / str(step)).rename(target)
+        return str(target)
+
+    def delete_unfinished(self) -> None:
+        if self.folder.exists():
+            for path in self.folder.iterdir():
+                if not path.name.isdigit():
+                    with _warned(path):
+                        path.rmtree()
+
+
+@contextlib.contextmanager
+def _warned(path: epath.Path):
     try:
-        if path.name.isdigit():  # what is half deleted must not pass for a checkpoint
-            path = path.rename(path.with_name(f"{path.name}.deleted"))
-        path.rmtree()
+        yield
     except OSError as error:
         logging.warning("cannot delete %s: %s. Training goes on; delete it by hand", path, error)
 
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB ({count:,} bytes)"
+
+
+def _load(folder: epath.Path, name: str):
+    with _quiet_background():
+        try:
+            with _context():
+                return ocp.load_checkpointables(folder, {name: None})[name]
+        except Exception as error:  # whatever Orbax and TensorStore raise on unreadable files
+            while error.__cause__ is not None:
+                error = error.__cause__
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+        time.sleep(0.5)  # for the reads that are still under way
+        gc.collect()
+    raise DamagedCheckpointError(f"its {name} cannot be read ({reason})")
 
 
 def _context() -> ocp.Context:

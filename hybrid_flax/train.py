@@ -22,6 +22,7 @@ from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
 from hybrid_flax import bridge
+from hybrid_flax.buckets import is_bucket
 from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.config import check, resolve_classes
 from hybrid_flax.data.loader import (
@@ -90,16 +91,19 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
     phases = Phases()
     config = ml_collections.ConfigDict(config)
     check(config)
-    recorder = Profile(profile if is_first() else "", os.path.join(workdir, "profile"))
+    run = Workdir(workdir, config) if is_first() else None
+    recorder = Profile(profile if run else "", os.path.join(run.path if run else "", "profile"))
     train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
     _check_same_everywhere(config, train_source, val_source)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Workdir(workdir, config)) if is_first() else None
+        if run:
+            stack.enter_context(run)
         stop = stack.enter_context(StopSignal())
-        stall = os.path.join(workdir, f"stall-{jax.process_index()}.txt")
+        stall = f"stall-{jax.process_index()}.txt"
+        stall = None if is_bucket(workdir) else os.path.join(workdir, stall)
         stack.enter_context(Watchdog(phases, config.watchdog_seconds, stall))
         stack.callback(recorder.close)
         steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
@@ -288,6 +292,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         with phases("save"):
             tree = whole(state)
             if checkpoints:
+                run.push()  # what was recorded up to here
                 checkpoints.save(step, tree, _meta(job, mishaps))
         ledger.write(step)
 
@@ -321,7 +326,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
                 numbers = bridge.flatten(results) | {"run/goodput": account.goodput}
                 evaluated[step] = write(step, numbers)
                 if run:
-                    draw_curves(writer.records, run.curves, f"{config.model.name}, {run.path}")
+                    draw_curves(writer.records, run.curves, f"{config.model.name}, {run.name}")
                 progress.say(f"step {step}:\n{show_results(results)}\n  {account}")
                 if config.checkpoint.keep_best and is_among_best():
                     save()
@@ -411,7 +416,7 @@ def _report(job: Job, error: NonFiniteStep) -> str:
         return str(error)
     job.checkpoints.wait()
     steps = job.checkpoints.steps()
-    last = str(job.checkpoints.directory / str(steps[-1])) if steps else "none was saved yet"
+    last = job.checkpoints.name(steps[-1]) if steps else "none was saved yet"
     config, source = job.config, job.train_source
     images = images_of_batch(
         source,
@@ -428,7 +433,7 @@ def _report(job: Job, error: NonFiniteStep) -> str:
         f"{error} (--config.on_non_finite={config.on_non_finite}, "
         f"--config.non_finite_limit={config.non_finite_limit}). It changed no weights, and nothing "
         f"was saved after it. Last checkpoint: {last}. The images of its batch are in "
-        f"{job.run.path}/non_finite.json; the same command comes to it again: {command}. To go on, "
+        f"{job.run.name}/non_finite.json; the same command comes to it again: {command}. To go on, "
         "leave such steps out with --config.on_non_finite=skip or roll_back, or start from the "
         "checkpoint with other settings: a new --workdir, --config.init_from= this one, and for "
         "example a lower --config.optimizer.learning_rate"

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import ml_collections
 
+from hybrid_flax.buckets import Mirror, is_bucket
 from hybrid_flax.errors import InputError
 from hybrid_flax.versions import versions
 
@@ -53,7 +54,8 @@ class Workdir:
     """Belongs to this process between entering and leaving: `with Workdir(path, config) as run:`
 
     Args:
-      path: a local folder; made if it is not there.
+      path: a local folder, made if it is not there, or one on object storage (`gs://…`): then the
+        run writes to a temporary folder, which `push` copies; see `buckets.py`.
       config: the resolved config.
 
     Raises (on entering, with nothing changed):
@@ -61,21 +63,20 @@ class Workdir:
     """
 
     def __init__(self, path: str, config: ml_collections.ConfigDict):
-        if "://" in path:
-            raise InputError(
-                f"--workdir={path}: work directories on object storage are not supported yet; "
-                "use a local or mounted folder"
-            )
-        self.path = os.path.abspath(path)
-        self.checkpoints = os.path.join(self.path, "checkpoints")
+        self._mirror = Mirror(path) if is_bucket(path) else None
+        self.name = path.rstrip("/") if self._mirror else os.path.abspath(path)
+        self.path = self._mirror.folder if self._mirror else self.name
+        self.checkpoints = os.path.join(self.name, "checkpoints")
         self.metrics = os.path.join(self.path, "metrics.jsonl")
         self.ledger = os.path.join(self.path, "ledger.jsonl")
         self.curves = os.path.join(self.path, "curves.png")
         self._config = config
 
     def __enter__(self) -> "Workdir":
-        self._check_writable()
         with contextlib.ExitStack() as stack:
+            if self._mirror:
+                stack.enter_context(self._mirror)
+            self._check_writable()
             self._lock(stack.enter_context(open(os.path.join(self.path, ".lock"), "a+")))
             self._check_same_run()
             self._write_versions()
@@ -84,6 +85,20 @@ class Workdir:
 
     def __exit__(self, *_):
         self._held.close()
+
+    def push(self) -> None:
+        """Copies what has changed to object storage, if the run is there.
+
+        That it cannot be copied is no reason to stop: it is tried again.
+
+        Raises:
+          TrainingError: another run has taken the work directory over.
+        """
+        if self._mirror:
+            try:
+                self._mirror.push()
+            except OSError as error:
+                logging.warning("cannot write to %s: %s. Training goes on", self.name, error)
 
     def _check_writable(self):
         """Writes, renames and reads back, as the run will."""
@@ -123,7 +138,7 @@ class Workdir:
     def _check_same_run(self):
         file = os.path.join(self.path, "config.json")
         mine = to_plain(self._config)
-        if not os.path.isdir(self.checkpoints):
+        if not self._has_checkpoints():
             pass  # whatever was begun here left nothing that could be continued
         elif os.path.exists(file):
             with open(file) as stream:
@@ -134,15 +149,18 @@ class Workdir:
             ]
             if lines:
                 raise InputError(
-                    f"{self.path} holds another run. Choose another --workdir, or give the "
+                    f"{self.name} holds another run. Choose another --workdir, or give the "
                     "settings of that run to continue it:\n" + "\n".join(lines)
                 )
         else:
             raise InputError(
-                f"{self.path} holds checkpoints but no training run (a converted model?). Choose "
-                f"another --workdir; to start from its weights: --config.init_from={self.path}"
+                f"{self.name} holds checkpoints but no training run (a converted model?). Choose "
+                f"another --workdir; to start from its weights: --config.init_from={self.name}"
             )
         self.write_json("config.json", mine)
+
+    def _has_checkpoints(self) -> bool:
+        return self._mirror.has_checkpoints() if self._mirror else os.path.isdir(self.checkpoints)
 
     def _write_versions(self):
         file = os.path.join(self.path, "versions.json")

@@ -18,6 +18,7 @@ from hybrid_flax.checkpoints import (
     CheckpointMismatchError,
     Checkpoints,
     CheckpointSaveError,
+    FolderSteps,
     load_weights,
 )
 from hybrid_flax.errors import InputError
@@ -108,16 +109,21 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(saved, monke
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
+    def refuse_to(operation):
+        """From when the next step is written until the old ones are deleted."""
+        path = type(saved.directory)
+        monkeypatch.setattr(
+            FolderSteps, "finish", lambda *_: monkeypatch.setattr(path, operation, refuse)
+        )
+
+    refuse_to("rename")
     saved.save(40, small(), {})
-    saved._saving[1].result()
-    monkeypatch.setattr(type(saved.directory), "rename", refuse)
     saved.wait()
     assert saved.steps() == [10, 20, 30, 40]
     assert f"cannot delete {saved.directory}/10: [Errno 13] Permission denied" in caplog.text
     monkeypatch.undo()
+    refuse_to("rmtree")
     saved.save(50, small(), {})
-    saved._saving[1].result()
-    monkeypatch.setattr(type(saved.directory), "rmtree", refuse)
     saved.wait()
     assert saved.steps() == [30, 40, 50]  # half deleted ones go by another name
     assert f"cannot delete {saved.directory}/10.deleted: [Errno 13]" in caplog.text
@@ -126,13 +132,15 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(saved, monke
     assert sorted(path.name for path in saved.directory.iterdir()) == ["30", "40", "50"]
 
 
-def test_the_only_intact_checkpoint_is_not_deleted(tmp_path, caplog):
+def test_the_only_intact_checkpoint_is_not_deleted(tmp_path, monkeypatch, caplog):
+    def damage(self, step):
+        (self.folder / str(step) / "manifest" / "data.json").unlink()
+
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(1, small(), {})
     checkpoints.wait()
+    monkeypatch.setattr(FolderSteps, "finish", damage)
     checkpoints.save(2, small(), {})
-    checkpoints._saving[1].result()
-    (checkpoints.directory / "2" / "manifest" / "data.json").unlink()
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
     assert f"checkpoint {checkpoints.directory / '2'} is damaged" in caplog.text
@@ -344,7 +352,7 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next(saved, monkey
 
     monkeypatch.setattr(module.ocp, "save_checkpointables_async", lambda *args, **kwargs: Failing())
     saved.save(40, tree(), {})
-    with pytest.raises(CheckpointSaveError, match="step 40 .*No space left.*on disk is of step 30"):
+    with pytest.raises(CheckpointSaveError, match="step 40 .*No space left.*there is of step 30"):
         saved.save(50, tree(), {})
 
 
