@@ -7,6 +7,7 @@ bucket, which is all that another machine needs to go on; the temporary folder i
 A checkpoint counts from the moment at which its last object, COMPLETE, is there.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -16,7 +17,6 @@ import shutil
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 
 import fsspec
@@ -134,15 +134,8 @@ def _as_os_error():
 def scratch() -> str:
     """A temporary folder, deleted when the process ends (unless it is killed)."""
     folder = tempfile.mkdtemp(prefix="hybrid_flax-")
-    weakref.finalize(_HERE, shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-class _Here:
-    """Lives as long as the process."""
-
-
-_HERE = _Here()
 
 
 class BucketSteps:

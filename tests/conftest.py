@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that two processes end at about the same time."""
     longest = (
         "test_train",
+        "test_processes",
+        "test_chaos",
+        "test_resume_with_workers",
+        "test_every_config",
+        "test_meshes",
         "test_parity",
         "test_trajectory",
         "test_model_shapes",

@@ -148,7 +148,7 @@ def test_there_is_room_here_for_one(url, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_from_the_bucket_to_the_bit(url, tmp_path, monkeypatch, capsys):
-    config = tiny.config(
+    config = tiny.get_config(
         batch_size=32, dataset__train_split="train[:320]", dataset__val_split="val[:40]", epochs=1
     )
     assert train(config, str(tmp_path / "local")) == 0
