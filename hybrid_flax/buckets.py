@@ -70,10 +70,6 @@ class Bucket:
             found = self._files.find(top)
         return sorted(os.path.relpath(self._files._strip_protocol(path), top) for path in found)
 
-    def exists(self, name: str) -> bool:
-        with _as_os_error():
-            return self._files.isfile(self._path(name))
-
     def read(self, name: str) -> str | None:
         """The text of an object; None if there is none."""
         with _as_os_error():
