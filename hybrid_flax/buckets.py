@@ -29,6 +29,8 @@ _DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": 
 _REFRESH = 20.0  # seconds between signs of life
 _SILENT = 90.0  # seconds without one after which a run is not alive
 
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # stack traces of what it also raises
+
 
 def is_bucket(path: str | os.PathLike) -> bool:
     """Whether it is the URL of a folder on object storage."""
