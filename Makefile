@@ -1,5 +1,5 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, more than half an hour on two cores
+# make test         what CI runs, about forty minutes on two cores
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
 # make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
@@ -15,7 +15,7 @@ quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist=loadfile
+	$(RUN) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 parity: $(VENV)/installed
 	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
