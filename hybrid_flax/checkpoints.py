@@ -298,7 +298,7 @@ class FolderSteps:
     ELSEWHERE = "choose another --workdir"
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = epath.Path(folder)
+        self.folder = epath.Path(os.path.abspath(folder))  # Orbax reads from no other
 
     def __str__(self) -> str:
         return str(self.folder)

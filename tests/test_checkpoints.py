@@ -175,6 +175,12 @@ def test_a_disk_too_small_for_the_checkpoints_is_noticed_first(tmp_path, monkeyp
     )
 
 
+def test_a_relative_path_will_do(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_restores(Checkpoints("checkpoints").restore(), 30, tree(30))
+    assert load_weights("").step == 30
+
+
 def test_saving_copies_before_the_buffers_are_reused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = tree()
