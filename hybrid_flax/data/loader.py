@@ -11,10 +11,13 @@ import functools
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
+import cloudpickle
 import grain
 import ml_collections
 import numpy as np
@@ -39,8 +42,34 @@ Batch = dict[str, np.ndarray]
 _SUBSTITUTES = 50  # neighbours tried for an unreadable training image
 
 
+class _SentAsFile:
+    """A dataclass whose pickle is the name of a file that holds it, as worker processes get it.
+
+    What a process needs to start goes through a pipe. If it dies before it has read it, the other
+    end waits for ever to write more than a pipe holds, 64 KiB (multiprocessing's method spawn).
+    """
+
+    @functools.cached_property
+    def _file(self) -> str:
+        number, file = tempfile.mkstemp(prefix="hybrid_flax-")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        with open(number, "wb") as stream:
+            cloudpickle.dump((type(self), fields), stream)
+        weakref.finalize(self, os.unlink, file)
+        return file
+
+    def __reduce__(self):
+        return _received, (self._file,)
+
+
+def _received(file: str):
+    with open(file, "rb") as stream:
+        kind, fields = cloudpickle.load(stream)
+    return kind(**fields)
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainTransform:
+class TrainTransform(_SentAsFile):
     """Random resized crop, flips, the policy, in timm's order; index → one training example.
 
     With label maps the crop comes last and the example has `label_map` float16 [2, K, H, W], moved
@@ -149,7 +178,7 @@ def _open_label_maps(config: ml_collections.ConfigDict, source: Source) -> Label
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTransform:
+class EvalTransform(_SentAsFile):
     """The evaluation crop; index → one example.
 
     `mask` is 0 for an unreadable image, and for an index behind the last one, whose pixels are 0.

@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -255,6 +256,23 @@ def test_a_file_damaged_after_its_head_is_skipped_or_named(tmp_path, caplog):
     assert batch["mask"].tolist() == [1, 1, 0, 1]
     with pytest.raises(ValueError, match="train/a/0002.JPEG: image file is truncated"):
         take(train_batches(transform(train), batch_size=4, seed=0), 1)
+
+
+def test_a_worker_that_dies_while_it_starts_is_an_error(monkeypatch):
+    """Though it was to be told more than a pipe holds."""
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_and_kill(path, command, *rest):
+        process = spawn(path, command, *rest)
+        if any("spawn_main" in str(part) for part in command):
+            os.kill(process, signal.SIGKILL)
+        return process
+
+    source = Coloured(50, bad=tuple(range(50, 100_000)))
+    batches = train_batches(transform(source), batch_size=5, seed=0, num_workers=1)
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", spawn_and_kill)
+    with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
+        next(batches)
 
 
 _TRAINER = """
