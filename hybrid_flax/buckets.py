@@ -25,7 +25,6 @@ from etils import epath
 from hybrid_flax.errors import InputError, TrainingError
 
 COMPLETE = "hybrid_flax_complete"
-_DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs"}
 _REFRESH = 20.0  # seconds between signs of life
 _SILENT = 90.0  # seconds without one after which a run is not alive
 
@@ -51,14 +50,11 @@ class Bucket:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        scheme = url.partition("://")[0]
         try:
             # What another machine wrote must be seen at once.
             self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except ImportError as error:
-            raise InputError(
-                f"{url}: {scheme}:// needs a driver; pip install {_DRIVERS.get(scheme, error.name)}"
-            ) from error
+        except ImportError as error:  # says what to install
+            raise InputError(f"{url}: {error}") from error
         except ValueError as error:
             raise InputError(
                 f"{url}: expected a local folder, or one that fsspec knows, such as gs://… or "
@@ -70,7 +66,7 @@ class Bucket:
         top = self._path(folder)
         with _as_os_error():
             found = self._files.find(top)
-        return sorted(os.path.relpath(self._files._strip_protocol(path), top) for path in found)
+        return sorted(os.path.relpath(path, top) for path in found)
 
     def read(self, name: str) -> str | None:
         """The text of an object; None if there is none."""
@@ -129,6 +125,12 @@ def _as_os_error():
         raise OSError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
+def _files_in(folder: str | os.PathLike) -> list[str]:
+    """Names of all files in a local folder and the folders in it, relative to it."""
+    paths = pathlib.Path(folder).rglob("*")
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+
+
 def scratch() -> str:
     """A temporary folder, deleted when the process ends (unless it is killed)."""
     folder = tempfile.mkdtemp(prefix="hybrid_flax-")
@@ -150,10 +152,8 @@ class BucketSteps:
         return self._bucket.url
 
     def steps(self) -> list[int]:
-        try:
+        with self._outages():
             parts = [name.split("/") for name in self._bucket.names()]
-        except OSError as error:
-            raise TrainingError(f"cannot list the checkpoints in {self}: {error}") from error
         return sorted(
             int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE]
         )
@@ -161,24 +161,17 @@ class BucketSteps:
     def finish(self, step: int) -> None:
         """Copies a step that was written here."""
         folder = self.folder / str(step)
-        names = [
-            os.path.join(os.path.relpath(top, folder), name).removeprefix("./")
-            for top, _, files in os.walk(folder)
-            for name in files
-        ]
-        self._bucket.upload(folder, names, str(step))
+        self._bucket.upload(folder, _files_in(folder), str(step))
         self._bucket.write(f"{step}/{COMPLETE}", "")
         folder.rmtree()
 
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[epath.Path]:
-        """A local folder with the step in it; InputError if it cannot be fetched."""
+        """A local folder with the step in it."""
         folder = self.folder / f"read-{step}"
         try:
-            try:
+            with self._outages():  # which say nothing about the checkpoint itself
                 self._bucket.download(self._bucket.names(str(step)), folder, str(step))
-            except OSError as error:  # says nothing about the checkpoint itself
-                raise InputError(f"cannot read {self}/{step}: {error}. Try again") from error
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -198,15 +191,27 @@ class BucketSteps:
         """Moves a step to `damaged/` beside the others; says where to."""
         run = Bucket(os.path.dirname(self._bucket.url))
         here = os.path.basename(self._bucket.url)
-        for name in self._bucket.names(str(step)):
-            run.copy(f"{here}/{step}/{name}", f"damaged/{step}/{name}")
-        self._remove(step)
+        with self._outages():
+            for name in self._bucket.names(str(step)):
+                run.copy(f"{here}/{step}/{name}", f"damaged/{step}/{name}")
+            self._remove(step)
         return f"{run.url}/damaged/{step}"
 
     def delete_unfinished(self) -> None:
         finished = {str(step) for step in self.steps()}
-        names = self._bucket.names()
-        self._bucket.delete(name for name in names if name.split("/")[0] not in finished)
+        with self._outages():
+            names = self._bucket.names()
+            self._bucket.delete(name for name in names if name.split("/")[0] not in finished)
+
+    @contextlib.contextmanager
+    def _outages(self):
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot read or change the checkpoints in {self}: {error}. Nothing is lost; the "
+                "same command tries again"
+            ) from error
 
 
 class Mirror:
@@ -226,12 +231,10 @@ class Mirror:
       InputError: no driver; on entering: it cannot be written, or another run is alive in it.
     """
 
-    # What the next start reads. Others, such as TensorBoard's, it only adds to.
-    _READ = ("config.json", "versions.json", "metrics.jsonl", "ledger.jsonl")
-
     def __init__(self, url: str):
         self._bucket = Bucket(url)
         self.folder = scratch()
+        self.has_checkpoints = False  # before this start
         self._pushed: dict[str, tuple[int, int]] = {}
         self._me = f"process {os.getpid()} on {platform.node()}, {time.time_ns()}"
         self._left = threading.Event()
@@ -241,8 +244,11 @@ class Mirror:
     def __enter__(self) -> "Mirror":
         try:
             self._claim()
-            names = [name for name in self._bucket.names() if name in self._READ]
-            self._bucket.download(names, self.folder)
+            names = self._bucket.names()
+            self.has_checkpoints = any(name.startswith("checkpoints/") for name in names)
+            # What a start reads; to other records, such as TensorBoard's, it only adds.
+            records = [n for n in names if "/" not in n and n.endswith((".json", ".jsonl"))]
+            self._bucket.download(records, self.folder)
         except OSError as error:
             raise InputError(
                 f"cannot use the work directory {self._bucket.url}: {error}. Does the bucket "
@@ -260,9 +266,6 @@ class Mirror:
         except OSError as error:
             logging.warning("cannot write to %s: %s", self._bucket.url, error)
 
-    def has_checkpoints(self) -> bool:
-        return bool(self._bucket.names("checkpoints"))
-
     def push(self) -> None:
         """Copies what has changed.
 
@@ -273,10 +276,9 @@ class Mirror:
         with self._pushing:
             self._check_mine()
             changed = {}
-            for file in pathlib.Path(self.folder).rglob("*"):
-                name = file.relative_to(self.folder).as_posix()
-                if file.is_file() and not file.name.startswith(".") and file.suffix != ".tmp":
-                    stat = file.stat()
+            for name in _files_in(self.folder):
+                if not name.startswith(".") and not name.endswith(".tmp"):
+                    stat = os.stat(os.path.join(self.folder, name))
                     seen = stat.st_mtime_ns, stat.st_size
                     if self._pushed.get(name) != seen:
                         changed[name] = seen

@@ -284,10 +284,13 @@ class Checkpoints:
         return found, manifest["meta"]
 
     def _failed(self, step: int, reason: object) -> CheckpointSaveError:
-        others = [other for other in self.steps() if other != step]
+        try:
+            last = max((other for other in self.steps() if other != step), default="none")
+        except TrainingError:  # what failed may be where they are
+            last = "unknown"
         return CheckpointSaveError(
             f"the checkpoint of step {step} could not be written to {self._stored}: {reason}. "
-            f"The last one there is of step {max(others, default='none')}"
+            f"The last one there is of step {last}"
         )
 
 

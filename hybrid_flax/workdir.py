@@ -160,7 +160,7 @@ class Workdir:
         self.write_json("config.json", mine)
 
     def _has_checkpoints(self) -> bool:
-        return self._mirror.has_checkpoints() if self._mirror else os.path.isdir(self.checkpoints)
+        return self._mirror.has_checkpoints if self._mirror else os.path.isdir(self.checkpoints)
 
     def _write_versions(self):
         file = os.path.join(self.path, "versions.json")

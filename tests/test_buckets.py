@@ -50,6 +50,10 @@ def impatient(monkeypatch):
     monkeypatch.setattr(buckets, "_SILENT", 2.0)
 
 
+def no_route(*_):
+    raise OSError("no route to host")
+
+
 def tree(seed):
     rng = np.random.default_rng(seed)
     params = {"kernel": rng.normal(size=(300, 70)), "bias": rng.normal(size=(3,))}
@@ -125,17 +129,26 @@ def test_a_damaged_one_is_named_and_set_aside(url, caplog):
 def test_an_outage_does_not_make_a_checkpoint_a_damaged_one(url, monkeypatch):
     saved(url, 10, 20)
 
-    def fail(*_):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(Bucket, "download", fail)
-    with pytest.raises(InputError, match=f"cannot read {url}/20: no route to host. Try again"):
-        Checkpoints(url).restore()
+    message = f"cannot read or change the checkpoints in {url}: no route to host. Nothing is lost"
+    for operation in ("download", "names", "delete"):
+        Bucket(url).write("30/half", "")
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, operation, no_route)
+            with pytest.raises(TrainingError, match=message):
+                Checkpoints(url).clear_after(Checkpoints(url).restore()[0])
     assert Checkpoints(url).steps() == [10, 20]
-    with pytest.raises(
-        TrainingError, match="cannot list the checkpoints in gs://nowhere/run/check"
-    ):
+    with pytest.raises(TrainingError, match="checkpoints in gs://nowhere/run/checkpoints: "):
         load_weights("gs://nowhere/run")
+
+
+def test_an_outage_while_saving_names_the_step(url, monkeypatch):
+    for operation in ("upload", "names"):
+        checkpoints = saved(url)
+        checkpoints.save(10, tree(10), {})
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, operation, no_route)
+            with pytest.raises(CheckpointSaveError, match=f"step 10 could not be written to {url}"):
+                checkpoints.wait()
 
 
 def test_there_is_room_here_for_one(url, monkeypatch):
@@ -216,13 +229,10 @@ def test_a_run_that_was_thought_dead_stops(url, impatient):
 
 
 def test_records_are_written_again_after_an_outage(url, impatient, monkeypatch, caplog):
-    def fail(*_):
-        raise OSError("no route to host")
-
     with run(url) as workdir:
         workdir.write_text("parameters.txt", "one")
         with monkeypatch.context() as patch:
-            patch.setattr(Bucket, "upload", fail)
+            patch.setattr(Bucket, "upload", no_route)
             workdir.push()
         assert f"cannot write to {url}: no route to host. Training goes on" in caplog.text
         workdir.push()
@@ -242,7 +252,7 @@ def test_another_run_is_refused(url):
     ("url", "message"),
     [
         ("gs://nowhere/run", "cannot use the work directory gs://nowhere/run: .*credentials read"),
-        ("s3://bucket/run", "s3://bucket/run: s3:// needs a driver; pip install s3fs"),
+        ("s3://bucket/run", "s3://bucket/run: Install s3fs to access S3"),
         ("ftpx://host/run", "ftpx://host/run: expected a local folder, or one that fsspec knows"),
     ],
 )
