@@ -6,6 +6,8 @@ on restoring compare the tree first, then every array, and take the step before 
 
 On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`. On
 object storage the same; how it gets there: `buckets.py`.
+
+`python -m hybrid_flax.checkpoints WORKDIR` prints the step of the newest, for the launch files.
 """
 
 import contextlib
@@ -479,3 +481,8 @@ def load_weights(folder: str) -> SavedWeights:
         if path.startswith(("params/", "batch_stats/"))
     }
     return SavedWeights(step, trained, averaged, meta)
+
+
+if __name__ == "__main__":
+    for newest in Checkpoints(os.path.join(sys.argv[1], "checkpoints")).steps()[-1:]:
+        print(newest)

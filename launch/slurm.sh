@@ -34,7 +34,7 @@ for argument; do [[ $argument == --workdir=* ]] && workdir=${argument#*=}; done
 
 # What the start before this one found: its newest checkpoint, and how many starts had found it.
 record=slurm-$SLURM_JOB_ID.attempts
-newest=$(ls "$workdir/checkpoints" 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -1)
+newest=$(bash launch/newest.sh "$workdir")
 read -r known attempt <"$record" 2>/dev/null || known=unknown
 [[ $known == "${newest:-none}" ]] || attempt=0
 if ((attempt++ == MAX_ATTEMPTS)); then

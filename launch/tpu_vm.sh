@@ -66,7 +66,7 @@ statuses() { # of all hosts, one a line: running, gone, or an exit status
 }
 
 newest() { # step of the newest checkpoint
-  on 0 "ls '$workdir/checkpoints' 2>/dev/null" | grep -E '^[0-9]+$' | sort -n | tail -1
+  on 0 "bash hybrid_flax/launch/newest.sh '$workdir'" | grep -E '^[0-9]+$'
 }
 
 watch_hosts() { # until no host is running, or one has stopped and the others do not follow it

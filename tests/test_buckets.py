@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import ml_collections
@@ -85,6 +87,8 @@ def test_checkpoints_are_kept_and_found_by_another_machine(url):
     assert all(name[:3] in ("30/", "40/") for name in Bucket(f"{url}/checkpoints").names())
     assert_restores(f"{url}/checkpoints", 40)
     assert load_weights(url).step == 40
+    command = [sys.executable, "-m", "hybrid_flax.checkpoints", url]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "40\n"
 
 
 def test_an_upload_that_was_cut_short_is_no_checkpoint(url, monkeypatch):

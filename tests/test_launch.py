@@ -259,6 +259,18 @@ def test_a_job_without_progress_gives_up(fake, repo):
     assert (fake / "scontrol.arguments").read_text().count("requeue") == 3
 
 
+def test_progress_in_a_bucket_is_seen(fake, repo):
+    """`python -m hybrid_flax.checkpoints` itself: tests/test_buckets.py."""
+    python = repo / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$*" = "-m hybrid_flax.checkpoints gs://b/run" ] && echo 30\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", repo / "launch/newest.sh", "gs://b/run"], capture_output=True, text=True
+    )
+    assert done.stdout == "30\n"
+
+
 def test_slurm_starts_what_jax_expects(monkeypatch):
     """JAX takes one process per GPU, numbered by SLURM_LOCALID, all GPUs of the node in sight."""
     from jax._src.clusters.slurm_cluster import SlurmCluster
