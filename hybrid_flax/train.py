@@ -92,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
     config = ml_collections.ConfigDict(config)
     check(config)
     run = Workdir(workdir, config) if is_first() else None
-    recorder = Profile(profile if run else "", os.path.join(run.path if run else "", "profile"))
+    recorder = Profile(profile, os.path.join(run.path, "profile")) if run else Profile("", "")
     train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
     resolve_classes(config, train_source)
     _check_same_everywhere(config, train_source, val_source)

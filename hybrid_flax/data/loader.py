@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import signal
 import tempfile
 import threading
@@ -55,7 +56,7 @@ class _SentAsFile:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         with open(number, "wb") as stream:
             cloudpickle.dump((type(self), fields), stream)
-        weakref.finalize(self, os.unlink, file)
+        weakref.finalize(self, pathlib.Path(file).unlink, missing_ok=True)
         return file
 
     def __reduce__(self):
