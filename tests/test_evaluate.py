@@ -15,12 +15,12 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def weights():
-    config = tiny.config(model__num_classes=10)
+    config = tiny.get_config(model__num_classes=10)
     return jax.jit(lambda: bridge.get_weights(build_model(config, rngs=nnx.Rngs(3))))()
 
 
 def results(weights, devices, batch_size, source=None):
-    config = tiny.config(model__num_classes=10, eval__batch_size=batch_size)
+    config = tiny.get_config(model__num_classes=10, eval__batch_size=batch_size)
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     transform = EvalTransform.from_config(config, source or open_source("digits", "", "val"))
@@ -41,7 +41,7 @@ def test_every_image_counts_once_whatever_the_batch_and_the_devices(weights):
 
 def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
     other = jax.tree.map(lambda leaf: leaf * 0.5, weights)
-    config = tiny.config(model__num_classes=10)
+    config = tiny.get_config(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     step = make_eval_step(bridge.as_function(model), config, mesh)
@@ -57,7 +57,7 @@ def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
 
 
 def test_evaluation_can_be_interrupted(weights):
-    config = tiny.config(model__num_classes=10)
+    config = tiny.get_config(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
     stopped = evaluate.evaluate(
@@ -68,19 +68,19 @@ def test_evaluation_can_be_interrupted(weights):
 
 def test_the_program_evaluates_what_a_work_directory_holds(weights, tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, {**weights, "ema": weights}, {"model": "gcvit_xxt"})
+    checkpoints.save(5, {**weights, "ema": weights}, {"model": "unified_convnext_micro"})
     checkpoints.wait()
-    assert evaluate.main(tiny.config(), str(tmp_path)) == 0
+    assert evaluate.main(tiny.get_config(), str(tmp_path)) == 0
     said = capsys.readouterr().out
-    assert f"gcvit_xxt at step 5 of {tmp_path}, digits:" in said
+    assert f"unified_convnext_micro at step 5 of {tmp_path}, digits:" in said
     assert said.count("over 360 images") == 2
 
 
 def test_weights_of_another_model_are_refused(weights, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, weights, {"model": "gcvit_xxt"})
+    checkpoints.save(5, weights, {"model": "unified_convnext_micro"})
     checkpoints.wait()
     with pytest.raises(ValueError, match="of another model or optimizer") as error:
-        evaluate.main(tiny.config(model__num_classes=11), str(tmp_path))
+        evaluate.main(tiny.get_config(model__num_classes=11), str(tmp_path))
     assert "params/head/bias: there float32 (10,), here float32 (11,)" in str(error.value)
     assert np.size(weights["params"]["head"]["bias"]) == 10

@@ -42,8 +42,16 @@ def fresh_weights(monkeypatch):
 
 
 def start(**changes):
-    config = tiny.config(**{"model__num_classes": 3, **changes})
+    config = tiny.gcvit(**{"model__num_classes": 3, **changes})
     return init_from.initial_weights(config, make_mesh(jax.devices()[:1]))["params"]
+
+
+def test_position_tables_follow_the_image_size(checkpoint, capsys):
+    params = start(init_from=checkpoint, model__image_size=64)
+    assert params["stages"]["2"]["blocks"]["0"]["attn"]["position_bias"].shape == (49, 4)
+    said = capsys.readouterr().out
+    assert "5 learned position tables are resized to this image size" in said
+    assert "the classifier for 10 classes is replaced by a fresh one for 3" in said
 
 
 def test_a_class_map_keeps_rows_of_the_classifier(model, checkpoint, tmp_path, capsys):

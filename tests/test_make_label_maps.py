@@ -35,7 +35,7 @@ def folder(tmp_path):
 @pytest.fixture
 def annotated(folder):
     """(config of the annotating model, the folder of its maps, the model)"""
-    config = tiny.config(dataset__path=str(folder), eval__batch_size=4, **MODEL)
+    config = tiny.get_config(dataset__path=str(folder), eval__batch_size=4, **MODEL)
     model = build_model(config, rngs=nnx.Rngs(0))
     weights = bridge.get_weights(model)
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
@@ -70,7 +70,7 @@ def test_maps_hold_the_highest_logits_of_every_place(annotated, folder, capsys):
 
 def tklb(folder, maps, **overrides):
     """Two steps of a tiny token-labelled GLNet."""
-    config = tiny.config(
+    config = tiny.get_config(
         dataset__path=str(folder),
         dataset__label_maps=str(maps),
         model__name="glnet_4g_tklb",
@@ -117,7 +117,7 @@ def test_what_does_not_go_with_maps(folder, overrides, message):
 
 
 def test_models_without_places_cannot_annotate(folder):
-    config = tiny.config(dataset__path=str(folder), **MODEL)
+    config = tiny.get_config(dataset__path=str(folder), **MODEL)
     config.model.name = "ga_convnext_t"
     with config.unlocked():
         config.model.overrides = {}

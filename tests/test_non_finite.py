@@ -23,7 +23,7 @@ BAD_LABEL = 77
 
 def config(**overrides):
     """Ten steps; the fifth of its batches will be bad."""
-    return tiny.config(
+    return tiny.get_config(
         batch_size=64,
         dataset__train_split="train[:320]",
         dataset__val_split="val[:64]",

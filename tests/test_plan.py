@@ -28,7 +28,7 @@ def options(**given):
 
 @pytest.fixture(scope="module")
 def found():
-    return plan(tiny.config(model__num_classes=10), HERE)
+    return plan(tiny.gcvit(model__num_classes=10), HERE)
 
 
 def test_what_a_plan_knows(found):
@@ -52,7 +52,7 @@ def sharded(batch_size: int, **mesh):
     """All weights that are worth it split, and nothing drawn: that would compile for long."""
     plain = {"augment__mix_probability": 0.0, "augment__erasing_probability": 0.0}
     mesh = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    return tiny.config(model__num_classes=10, batch_size=batch_size, **plain, **mesh)
+    return tiny.gcvit(model__num_classes=10, batch_size=batch_size, **plain, **mesh)
 
 
 def elements(array: str) -> int:
@@ -107,24 +107,24 @@ def planned(found, monkeypatch):
 
 
 def test_the_status_says_whether_it_fits(planned, found, monkeypatch):
-    assert planning.main(tiny.config(), options()) == 0
+    assert planning.main(tiny.gcvit(), options()) == 0
     monkeypatch.setattr(planning, "plan", lambda config, target, quick: found | {"fits": False})
-    assert planning.main(tiny.config(), options()) == 1
+    assert planning.main(tiny.gcvit(), options()) == 1
 
 
 def test_json_alone(planned, capsys):
-    planning.main(tiny.config(), options(json=True, scaling=True))
+    planning.main(tiny.gcvit(), options(json=True, scaling=True))
     printed = json.loads(capsys.readouterr().out)
     assert printed["scaling"]["weak"][-1]["chips"] == 1024
 
 
 def test_scaling_is_shown_and_only_for_one_slice(planned, capsys):
-    planning.main(tiny.config(), options(scaling=True))
+    planning.main(tiny.gcvit(), options(scaling=True))
     text = capsys.readouterr().out
     assert "on paper, nothing of it measured" in text
     assert "\n      8      32 " in text
     with pytest.raises(ValueError, match="--scaling starts from one slice that only splits"):
-        planning.main(tiny.config(mesh__fsdp=2), options(scaling=True))
+        planning.main(tiny.gcvit(mesh__fsdp=2), options(scaling=True))
 
 
 def test_the_slices_are_asked_for(monkeypatch):
@@ -153,10 +153,10 @@ def test_the_largest_batch_is_between_one_that_fits_and_one_that_does_not(monkey
         return {"fits": config.batch_size <= 700}
 
     monkeypatch.setattr(planning, "plan", fits)
-    assert largest_batch(tiny.config(), HERE) == 640  # of multiples of 64
+    assert largest_batch(tiny.gcvit(), HERE) == 640  # of multiples of 64
     assert len(tried) <= 6
     monkeypatch.setattr(planning, "plan", lambda config, target, quick: {"fits": False})
-    assert largest_batch(tiny.config(), HERE) == 0
+    assert largest_batch(tiny.gcvit(), HERE) == 0
 
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "v5e:4by4"])
@@ -192,7 +192,7 @@ def test_a_shape_that_the_compiler_does_not_know(monkeypatch):
 
 def test_a_batch_that_does_not_split(monkeypatch):
     with pytest.raises(ValueError, match="batch_size=100 cannot be split evenly over 8 devices"):
-        plan(tiny.config(batch_size=100), HERE)
+        plan(tiny.gcvit(batch_size=100), HERE)
 
 
 class Compiler:
@@ -240,7 +240,7 @@ def test_a_program_that_its_compiler_refuses():
 
 def test_only_the_compilers_of_tpus_can_be_stopped():
     with pytest.raises(InputError, match="--quick: only TPUs' compilers can, not that of here:8"):
-        plan(tiny.config(), HERE, quick=True)
+        plan(tiny.gcvit(), HERE, quick=True)
 
 
 def test_the_memory_that_a_program_would_need(monkeypatch):
@@ -250,5 +250,5 @@ def test_the_memory_that_a_program_would_need(monkeypatch):
     monkeypatch.setattr(buffers, "assigned", refuse)
     monkeypatch.setattr(planning, "lower", lambda *_: ({"model": "m"}, None))
     target = HERE._replace(platform="tpu")
-    found = plan(tiny.config(), target, quick=True)
+    found = plan(tiny.gcvit(), target, quick=True)
     assert found == {"model": "m", "fits": False, "peak_bytes": 20.5 * 2**30}

@@ -21,7 +21,7 @@ from tests import tiny
 
 def config():
     """Ten steps, two evaluations."""
-    return tiny.config(
+    return tiny.get_config(
         model__dtype="bfloat16",
         model__num_classes=10,
         batch_size=64,
@@ -131,7 +131,7 @@ if sys.argv[1] == "input wait":
     original, train.train_batches = train.train_batches, batches
 if sys.argv[1] == "save":
     train.Checkpoints.save = hang
-train.train(tiny.config(dataset__num_workers=0), sys.argv[2])
+train.train(tiny.get_config(dataset__num_workers=0), sys.argv[2])
 """
 
 

@@ -16,7 +16,7 @@ def test_a_folder_is_shown_counted_and_timed(tmp_path):
         write_images(tmp_path / "train" / name, count, size=(90, 60))
     write_images(tmp_path / "train" / "dog", 1, size=(20, 16), start=50)
     (tmp_path / "train" / "dog" / "broken.JPEG").write_text("broken")
-    config = tiny.config(
+    config = tiny.get_config(
         dataset__name="image_folder", dataset__path=str(tmp_path), dataset__on_unreadable="skip"
     )
     lines = inspect.inspect(config, str(tmp_path / "out"), seconds=0.2)
@@ -73,4 +73,4 @@ def test_labels_that_are_not_known_are_read_from_a_sample(monkeypatch):
 def test_a_picture_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write .*file/inspect.png"):
-        inspect.inspect(tiny.config(), str(tmp_path / "file"))
+        inspect.inspect(tiny.get_config(), str(tmp_path / "file"))
