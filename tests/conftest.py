@@ -30,7 +30,6 @@ def pytest_collection_modifyitems(items):
         "test_parity",
         "test_trajectory",
         "test_model_shapes",
-        "test_families",
         "test_torch_loop",
         "test_attention_paths",
         "test_unified",

@@ -15,8 +15,7 @@ from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import make_train_step, new_state
 
-HEADS = {"gram_dim": 16, "heads": 2}
-STAGES = HEADS | {"depths": (1, 1, 2, 1), "taps": 1}
+HEADS = {"gram_dim": 16, "heads": 2, "depths": (1, 1, 2, 1), "taps": 1}
 
 # The config's model, shrunk: image size, and fields of the family's Variant.
 MODELS = {
@@ -24,11 +23,8 @@ MODELS = {
     "l2vit_t": (32, {"dim": 32, "depths": (2, 1, 1, 1)}),
     "glnet_4g": (64, {"dim": 32, "depths": (1, 1, 1, 1)}),
     "glnet_4g_tklb": (64, {"dim": 32, "depths": (1, 1, 1, 1)}),
-    "ga_convnext_t": (64, STAGES | {"dims": (16, 32, 32, 64)}),
-    "ga_vit_s": (64, HEADS | {"dim": 64, "depth": 2, "head_channels": 2}),
+    "ga_convnext_t": (64, HEADS | {"dims": (16, 32, 32, 64)}),
     "unified_convnext_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
-    "unified_halonet_micro": (224, {"dims": (32, 32, 32, 32), "depths": (1, 1, 1, 1)}),
-    "unified_internimage_micro": (32, {"dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1)}),
     "unified_pvt_micro": (32, {"dims": (32, 32, 80, 64), "depths": (1, 1, 1, 1)}),
     "unified_swin_micro": (224, {"dims": (32, 32, 32, 32), "depths": (2, 1, 1, 1)}),
 }
