@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 import tempfile
 import threading
@@ -32,8 +33,8 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # stack traces of what it
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether it is the URL of a folder on object storage."""
-    return "://" in os.fspath(path)
+    """Whether it is the URL of a folder on object storage, or looks like one with a slash lost."""
+    return re.match(r"\w\w+:/", os.fspath(path)) is not None
 
 
 class Bucket:
@@ -45,11 +46,16 @@ class Bucket:
       url: such as gs://bucket/runs/gcvit_b.
 
     Raises:
-      InputError: there is no driver for such a URL, or it is not installed.
+      InputError: the URL has no bucket, there is no driver for it, or it is not installed.
     """
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        if not re.match(r"\w+://[^/]", url):
+            raise InputError(
+                f"{url}: expected a folder in a bucket, such as gs://bucket/runs/gcvit_b, or a "
+                "local one without a scheme"
+            )
         try:
             # What another machine wrote must be seen at once.
             self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)

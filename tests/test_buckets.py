@@ -257,6 +257,10 @@ def test_another_run_is_refused(url):
     [
         ("gs://nowhere/run", "cannot use the work directory gs://nowhere/run: .*credentials read"),
         ("s3://bucket/run", "s3://bucket/run: Install s3fs to access S3"),
+        ("gs:/bucket/run", "gs:/bucket/run: expected a folder in a bucket, such as gs://bucket/ru"),
+        ("gs:///run", "gs:///run: expected a folder in a bucket, such as gs://bucket/runs"),
+        ("gs://", "gs://: expected a folder in a bucket, such as gs://bucket/runs"),
+        ("file:///run", "file:///run: expected .*, or a local one without a scheme"),
         ("ftpx://host/run", "ftpx://host/run: expected a local folder, or one that fsspec knows"),
     ],
 )
