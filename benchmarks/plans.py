@@ -120,8 +120,9 @@ is measured, and its assumptions ([hybrid_flax/scaling.py](../hybrid_flax/scalin
 {flops:.0%} of the datasheet's operations, {memory:.0%} of its memory's and {network:.0%} of its
 network's speed, an input pipeline that keeps up, nothing lost to latency. Efficiency is images per
 second and chip beside those of 8 chips. Slices of v5e end at 256 chips; beyond, gradients pass over
-the data centre's network. "Strong" keeps the paper's batch, down to one image per chip; "weak"
-keeps the images of a chip.
+the data centre's network. "Strong" keeps the paper's batch, down to one image per chip: what it
+loses there goes into weights, optimizer and average, which every chip reads and writes in each
+step, however few its images. "Weak" keeps the images of a chip.
 """
 
 
