@@ -1,5 +1,5 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, about forty minutes on two cores
+# make test         what CI runs, about half an hour on two cores
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
 # make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
