@@ -10,6 +10,7 @@ object storage the same; how it gets there: `buckets.py`.
 `python -m hybrid_flax.checkpoints WORKDIR` prints the step of the newest, for the launch files.
 """
 
+import argparse
 import contextlib
 import gc
 import hashlib
@@ -483,6 +484,19 @@ def load_weights(folder: str) -> SavedWeights:
     return SavedWeights(step, trained, averaged, meta)
 
 
+def main() -> int:
+    """Prints the step of a run's newest checkpoint, if there is one; 2 if that is not known."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("workdir")
+    workdir = parser.parse_args().workdir
+    try:
+        steps = Checkpoints(os.path.join(workdir, "checkpoints")).steps()
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*steps[-1:], end="\n" if steps else "")
+    return 0
+
+
 if __name__ == "__main__":
-    for newest in Checkpoints(os.path.join(sys.argv[1], "checkpoints")).steps()[-1:]:
-        print(newest)
+    sys.exit(main())

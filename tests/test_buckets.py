@@ -87,8 +87,20 @@ def test_checkpoints_are_kept_and_found_by_another_machine(url):
     assert all(name[:3] in ("30/", "40/") for name in Bucket(f"{url}/checkpoints").names())
     assert_restores(f"{url}/checkpoints", 40)
     assert load_weights(url).step == 40
-    command = [sys.executable, "-m", "hybrid_flax.checkpoints", url]
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "40\n"
+
+
+def test_launch_files_ask_for_the_newest(url):
+    def said(workdir):
+        command = [sys.executable, "-m", "hybrid_flax.checkpoints", workdir]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr.splitlines()[-1:]
+
+    assert said(url) == (0, "", [])
+    saved(f"{url}/checkpoints", 10, 20)
+    assert said(url) == (0, "20\n", [])
+    status, newest, (error,) = said("gs://nowhere/run")
+    assert (status, newest) == (2, "")
+    assert error.startswith("error: cannot read or change the checkpoints in gs://nowhere/run")
 
 
 def test_an_upload_that_was_cut_short_is_no_checkpoint(url, monkeypatch):
