@@ -1,3 +1,4 @@
+import gc
 import itertools
 import multiprocessing.util
 import os
@@ -23,6 +24,13 @@ from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.repeated import Repeated
 from hybrid_flax.data.sources import open_source
 from tests.data.test_sources import write_images
+
+
+@pytest.fixture(autouse=True)
+def free_shared_memory():
+    """Python's resource tracker fails if it is the garbage collector's turn inside of it."""
+    yield
+    gc.collect()
 
 
 class Coloured:
