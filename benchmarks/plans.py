@@ -121,8 +121,8 @@ is measured, and its assumptions ([hybrid_flax/scaling.py](../hybrid_flax/scalin
 network's speed, an input pipeline that keeps up, nothing lost to latency. Efficiency is images per
 second and chip beside those of 8 chips. Slices of v5e end at 256 chips; beyond, gradients pass over
 the data centre's network. "Strong" keeps the paper's batch, down to one image per chip: what it
-loses there goes into weights, optimizer and average, which every chip reads and writes in each
-step, however few its images. "Weak" keeps the images of a chip.
+loses there goes into what every chip does in each step however few its images, reading and writing
+weights, optimizer and average, and adding up gradients. "Weak" keeps the images of a chip.
 """
 
 

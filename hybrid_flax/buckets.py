@@ -159,10 +159,7 @@ class BucketSteps:
 
     def steps(self) -> list[int]:
         with self._outages():
-            parts = [name.split("/") for name in self._bucket.names()]
-        return sorted(
-            int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE]
-        )
+            return sorted(self._finished(self._bucket.names()))
 
     def finish(self, step: int) -> None:
         """Copies a step that was written here."""
@@ -204,10 +201,15 @@ class BucketSteps:
         return f"{run.url}/damaged/{step}"
 
     def delete_unfinished(self) -> None:
-        finished = {str(step) for step in self.steps()}
         with self._outages():
             names = self._bucket.names()
+            finished = {str(step) for step in self._finished(names)}
             self._bucket.delete(name for name in names if name.split("/")[0] not in finished)
+
+    @staticmethod
+    def _finished(names: list[str]) -> list[int]:
+        parts = [name.split("/") for name in names]
+        return [int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE]]
 
     @contextlib.contextmanager
     def _outages(self):

@@ -1,4 +1,4 @@
-"""The one error class for what a user can mend."""
+"""What a user can mend, and why a run had to stop."""
 
 
 class InputError(ValueError):

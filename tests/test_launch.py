@@ -259,16 +259,26 @@ def test_a_job_without_progress_gives_up(fake, repo):
     assert (fake / "scontrol.arguments").read_text().count("requeue") == 3
 
 
+def newest(repo, workdir):
+    command = ["bash", repo / "launch/newest.sh", workdir]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/").stdout
+
+
 def test_progress_in_a_bucket_is_seen(fake, repo):
     """`python -m hybrid_flax.checkpoints` itself: tests/test_buckets.py."""
     python = repo / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\n[ "$*" = "-m hybrid_flax.checkpoints gs://b/run" ] && echo 30\n')
     python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", repo / "launch/newest.sh", "gs://b/run"], capture_output=True, text=True
-    )
-    assert done.stdout == "30\n"
+    assert newest(repo, "gs://b/run") == "30\n"
+
+
+def test_progress_in_a_relative_folder_is_seen(fake, repo):
+    """Relative to the checkout, in which the run is started, wherever the question comes from."""
+    assert newest(repo, "runs/a") == ""
+    for step in (9, 10, "10.orbax-checkpoint-tmp"):
+        (repo / f"runs/a/checkpoints/{step}").mkdir(parents=True)
+    assert newest(repo, "runs/a") == newest(repo, repo / "runs/a") == "10\n"
 
 
 def test_slurm_starts_what_jax_expects(monkeypatch):
