@@ -69,10 +69,14 @@ class Bucket:
 
     def names(self, folder: str = "") -> list[str]:
         """Of all objects in a folder and the folders in it, relative to it."""
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of all objects in a folder and the folders in it, by name relative to it."""
         top = self._path(folder)
         with _as_os_error():
-            found = self._files.find(top)
-        return sorted(os.path.relpath(path, top) for path in found)
+            found = self._files.find(top, detail=True)
+        return {os.path.relpath(path, top): about["size"] for path, about in found.items()}
 
     def read(self, name: str) -> str | None:
         """The text of an object; None if there is none."""
@@ -137,6 +141,14 @@ def _files_in(folder: str | os.PathLike) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
+def _check_whole(folder: epath.Path, there: dict[str, int]) -> None:
+    """A copy that was cut short is not always an error of the driver; it is OSError here."""
+    for name, size in there.items():
+        here = os.path.getsize(folder / name)
+        if here != size:
+            raise OSError(f"the copy of {name} is not whole: {here} bytes here, {size} there")
+
+
 def scratch() -> str:
     """A temporary folder, deleted when the process ends (unless it is killed)."""
     folder = tempfile.mkdtemp(prefix="hybrid_flax-")
@@ -164,7 +176,10 @@ class BucketSteps:
     def finish(self, step: int) -> None:
         """Copies a step that was written here."""
         folder = self.folder / str(step)
-        self._bucket.upload(folder, _files_in(folder), str(step))
+        names = _files_in(folder)
+        self._bucket.upload(folder, names, str(step))
+        there = self._bucket.sizes(str(step))
+        _check_whole(folder, {name: there.get(name, 0) for name in names})
         self._bucket.write(f"{step}/{COMPLETE}", "")
         folder.rmtree()
 
@@ -174,7 +189,9 @@ class BucketSteps:
         folder = self.folder / f"read-{step}"
         try:
             with self._outages():  # which say nothing about the checkpoint itself
-                self._bucket.download(self._bucket.names(str(step)), folder, str(step))
+                there = self._bucket.sizes(str(step))
+                self._bucket.download(there, folder, str(step))
+                _check_whole(folder, there)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -155,6 +156,41 @@ def test_an_outage_does_not_make_a_checkpoint_a_damaged_one(url, monkeypatch):
     assert Checkpoints(url).steps() == [10, 20]
     with pytest.raises(TrainingError, match="checkpoints in gs://nowhere/run/checkpoints: "):
         load_weights("gs://nowhere/run")
+
+
+def cut_short(copy):
+    """`Bucket.download` that leaves one file empty."""
+
+    def copied(self, names, folder, top):
+        copy(self, names, folder, top)
+        max(pathlib.Path(folder).rglob("d/*")).write_text("")
+
+    return copied
+
+
+def test_a_copy_that_was_cut_short_is_not_taken_for_damage(url, monkeypatch):
+    saved(url, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "download", cut_short(Bucket.download))
+        with pytest.raises(
+            TrainingError, match=r"not whole: 0 bytes here, \d+ there. Nothing is l"
+        ):
+            Checkpoints(url).restore()
+    assert_restores(url, 10)
+
+
+def test_a_checkpoint_that_did_not_arrive_whole_does_not_count(url, monkeypatch):
+    upload = Bucket.upload
+    monkeypatch.setattr(
+        Bucket, "upload", lambda self, folder, names, to: upload(self, folder, names[1:], to)
+    )
+    checkpoints = Checkpoints(url)
+    checkpoints.save(10, tree(10), {})
+    with pytest.raises(
+        CheckpointSaveError, match="step 10 could not be .* is not whole: .* 0 there"
+    ):
+        checkpoints.wait()
+    assert Checkpoints(url).steps() == []
 
 
 def test_an_outage_while_saving_names_the_step(url, monkeypatch):
