@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_flax import measuring
+from hybrid_flax.costs import records, timing
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import convolutions
 
@@ -36,7 +36,7 @@ TURNS = 15
 
 
 def contestants(shape: tuple[int, int, int, int], dtype: str, backward: bool):
-    """{name: what builds it}, for `measuring.race`."""
+    """{name: what builds it}, for `timing.compare`."""
     batch, side, channels, size = shape
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, side, side, channels)).astype(np.float32)
@@ -101,21 +101,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     try:
-        measuring.check_file("--save", options.save)
+        records.check_file("--save", options.save)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    record = {**measuring.record("torch"), "dtype": dtype, "rows": []}
+    record = {**records.record("torch"), "dtype": dtype, "rows": []}
     print(f"{record['device']}, {dtype}; milliseconds")
     for shape in SHAPES:
         for backward, name in enumerate(PASSES):
-            race = measuring.race(contestants(shape, dtype, bool(backward)), turns=TURNS)
+            race = timing.compare(contestants(shape, dtype, bool(backward)), turns=TURNS)
             row = {"shape": shape, "pass": name, **race._asdict()}
             record["rows"].append(row)
             print(show(row), flush=True)
             if options.save:  # after every row: what was measured is not lost when the next fails
-                measuring.save(options.save, record)
+                records.save(options.save, record)
     return 0
 
 

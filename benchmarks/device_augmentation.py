@@ -17,12 +17,13 @@ import ml_collections
 import numpy as np
 
 from configs import gcvit_t
-from hybrid_flax import measuring
+from hybrid_flax.build import training_program
 from hybrid_flax.config import check
-from hybrid_flax.distributed.mesh import batch_sharded, make_mesh, on_mesh, replicated, to_devices
+from hybrid_flax.costs import records, timing
+from hybrid_flax.distributed.batch import batch_sharded, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
-from hybrid_flax.init_from import initial_weights
-from hybrid_flax.program import training_program
+from hybrid_flax.start import initial_weights
 from hybrid_flax.training.losses import smoothed_one_hot
 from hybrid_flax.training.step import augmented_batch
 
@@ -30,7 +31,7 @@ STEPS_PER_EPOCH = 312  # of ImageNet at 4096 images; any number takes the same t
 
 
 def contestants(config: ml_collections.ConfigDict) -> dict[str, Callable]:
-    """{name: what builds it}, for `measuring.race`; of a checked config with a number of classes"""
+    """{name: what builds it}, for `timing.compare`; of a checked config with a number of classes"""
     mesh = make_mesh(jax.devices()[:1])
     rng = np.random.default_rng(0)
     side = config.model.image_size
@@ -73,9 +74,9 @@ def contestants(config: ml_collections.ConfigDict) -> dict[str, Callable]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=measuring.positive, default=128)
+    parser.add_argument("--batch_size", type=records.positive, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the config's")
-    parser.add_argument("--turns", type=measuring.positive, default=10)
+    parser.add_argument("--turns", type=records.positive, default=10)
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     config = gcvit_t.get_config()
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dtype:
         config.model.dtype = options.dtype
     try:
-        measuring.check_file("--save", options.save)
+        records.check_file("--save", options.save)
         check(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(config: ml_collections.ConfigDict, turns: int, file: pathlib.Path | None) -> int:
     """Runs the race, prints its result, and saves it if there is a file; the exit status."""
-    race = measuring.race(contestants(config), turns=turns)
+    race = timing.compare(contestants(config), turns=turns)
     for name, why in race.failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     if race.failed:
@@ -109,7 +110,7 @@ def measure(config: ml_collections.ConfigDict, turns: int, file: pathlib.Path | 
     print(f"augmentation takes {share:.2%} of the step")
     if file:
         record = {
-            **measuring.record(),
+            **records.record(),
             "model": config.model.name,
             "batch_size": config.batch_size,
             "image_size": config.model.image_size,
@@ -118,7 +119,7 @@ def measure(config: ml_collections.ConfigDict, turns: int, file: pathlib.Path | 
             "median_milliseconds": milliseconds,
             "share_of_the_step": round(share, 5),
         }
-        measuring.save(file, record)
+        records.save(file, record)
     return 0
 
 

@@ -28,9 +28,10 @@ import numpy as np
 from PIL import Image
 
 from configs import gcvit_t
-from hybrid_flax import measuring
-from hybrid_flax.data.loader import TrainTransform, train_batches
+from hybrid_flax.costs import records
+from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import source_of
+from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
 
 # (share, width, height) of the files. Most of ImageNet's photographs come from Flickr, whose longer
@@ -133,14 +134,14 @@ def race(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cores", type=measuring.positive, default=1)
-    parser.add_argument("--images", type=measuring.positive, default=512)
-    parser.add_argument("--turns", type=measuring.positive, default=5)
-    parser.add_argument("--batches", type=measuring.positive, default=24, help="in a turn")
+    parser.add_argument("--cores", type=records.positive, default=1)
+    parser.add_argument("--images", type=records.positive, default=512)
+    parser.add_argument("--turns", type=records.positive, default=5)
+    parser.add_argument("--batches", type=records.positive, default=24, help="in a turn")
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     try:
-        measuring.check_file("--save", options.save)
+        records.check_file("--save", options.save)
         _tie_to(options.cores)
         if options.images < BATCH_SIZE:
             raise InputError(f"--images={options.images}: a batch alone has {BATCH_SIZE}")
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(f"{name} beside PyTorch: {times:.2f} times" for name, times in ratio.items()))
     if options.save:
         record = {
-            **measuring.record("torch"),
+            **records.record("torch"),
             "cores_used": options.cores,
             "files": options.images,
             "mean_bytes": round(size),
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             "median": {name: round(speed, 1) for name, speed in median.items()},
             "median_ratio_to_pytorch": {name: round(times, 3) for name, times in ratio.items()},
         }
-        measuring.save(options.save, record)
+        records.save(options.save, record)
     return 0
 
 

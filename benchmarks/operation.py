@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import operation_torch
-from hybrid_flax import measuring
+from hybrid_flax.costs import chips, records, timing
 from hybrid_flax.errors import InputError
 from pallas.dispatch import Kernels, choose
 
@@ -79,7 +79,7 @@ def select(known: dict[str, Hashable], substring: str) -> dict[str, Hashable]:
     return found
 
 
-def floor(work: tuple[Work, Work], chip: measuring.Chip) -> dict[str, float]:
+def floor(work: tuple[Work, Work], chip: chips.Chip) -> dict[str, float]:
     """Seconds that a perfect kernel takes, by pass."""
     forward, backward = (
         max(
@@ -107,7 +107,7 @@ def call(function: Callable, backward: bool):
 
 
 def jax_contestant(function: Callable, arguments: Callable, backward: bool, repeats: int):
-    """What builds one of ours, for `measuring.race`; `arguments` makes its arrays."""
+    """What builds one of ours, for `timing.compare`; `arguments` makes its arrays."""
     once = call(function, backward)
 
     def turn(_, carry):
@@ -143,7 +143,7 @@ def measure(
     repeats: int = REPEATS,
 ) -> dict[str, Any]:
     """One shape: what `auto` picks, and by pass floor, median seconds, and failures."""
-    platform, chip = measuring.platform_name(), measuring.chip()
+    platform, chip = chips.platform_name(), chips.chip()
     picked, forced = (
         choose(how, platform, geometry, benchmark.kernels(geometry)) for how in ("auto", "pallas")
     )
@@ -160,7 +160,7 @@ def measure(
         if platform == "cuda":
             theirs = functools.partial(benchmark.torch_operation, geometry)
             builders |= operation_torch.contestants(theirs, arguments, bool(backward), repeats)
-        seconds, failed = measuring.race(builders, turns=turns, repeats=repeats)
+        seconds, failed = timing.compare(builders, turns=turns, repeats=repeats)
         least = floor(benchmark.work(geometry, batch), chip)[name] if chip else None
         row["passes"][name] = {"seconds": seconds, "failed": failed, "floor": least}
     return row
@@ -195,7 +195,7 @@ def show(name: str, row: dict) -> str:
 def command(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     """The `main` of a benchmark; exit status 2 for input that does not fit."""
     parser = argparse.ArgumentParser(description=benchmark.description)
-    parser.add_argument("--batch", type=measuring.positive, help="images; 128, on CPUs 1")
+    parser.add_argument("--batch", type=records.positive, help="images; 128, on CPUs 1")
     parser.add_argument("--shapes", default="all", help="only those whose name has this in it")
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
@@ -204,23 +204,23 @@ def command(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     dtype = "float32" if on_cpu else "bfloat16"
     batch = options.batch or (1 if on_cpu else 128)
     try:
-        measuring.check_file("--save", options.save)
+        records.check_file("--save", options.save)
         chosen = select(benchmark.shapes(dtype), options.shapes)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record = {**measuring.record("torch"), "batch": batch, "dtype": dtype}
+    record = {**records.record("torch"), "batch": batch, "dtype": dtype}
     record |= {**benchmark.conditions, "rows": {}}
     print(f"{record['device']}, {batch} images, {dtype}; microseconds")
     if on_cpu:
         print("only XLA is timed: kernels run interpreted on CPUs, which says nothing of speed")
-    elif not measuring.chip():
-        print("no floor: this device's peaks are not in hybrid_flax/measuring.py")
+    elif not chips.chip():
+        print("no floor: this device's peaks are not in hybrid_flax/costs/records.py")
     for name, geometry in chosen.items():
         counts = {"turns": 5, "repeats": 1} if on_cpu else {}
         row = measure(benchmark, geometry, batch, **counts)
         record["rows"][name] = row
         print(show(name, row), flush=True)
         if options.save:  # after every shape: what was measured is not lost when the next fails
-            measuring.save(options.save, record)
+            records.save(options.save, record)
     return 0

@@ -5,7 +5,7 @@ import importlib.util
 
 
 def contestants(operation, arguments, backward: bool, repeats: int):
-    """For `measuring.race`, eager and compiled; {} without PyTorch, or where it has no CUDA.
+    """For `timing.compare`, eager and compiled; {} without PyTorch, or where it has no CUDA.
 
     Args:
       operation: the function to time, from device and dtype.

@@ -20,10 +20,11 @@ import sys
 from typing import Any
 
 import hybrid_flax
-from hybrid_flax import scaling
+from hybrid_flax.costs import scaling
+from hybrid_flax.costs.targets import Target, find_target, set_up
+from hybrid_flax.costs.timing import reason
 from hybrid_flax.errors import InputError
-from hybrid_flax.measuring import reason
-from hybrid_flax.plan import Target, find_target, plan, set_up, size
+from hybrid_flax.plan import plan, size
 from hybrid_flax.versions import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -116,7 +117,7 @@ _SCALING = """
 ## On many chips, on paper
 
 A simple model of a step's time, from the operations, bytes and gradients counted above. None of it
-is measured, and its assumptions ([hybrid_flax/scaling.py](../hybrid_flax/scaling.py)) are kind:
+is measured, and its assumptions ([scaling.py](../hybrid_flax/costs/scaling.py)) are kind:
 {flops:.0%} of the datasheet's operations, {memory:.0%} of its memory's and {network:.0%} of its
 network's speed, an input pipeline that keeps up, nothing lost to latency. Efficiency is images per
 second and chip beside those of 8 chips. Slices of v5e end at 256 chips; beyond, gradients pass over

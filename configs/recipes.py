@@ -34,7 +34,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.drop_path = hybrid_flax.model_variant(name).drop_path
     model.eval_mode = False  # train as in evaluation: running statistics, no drop path
     model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
-    model.remat = "none"  # or "dots", "blocks": less memory, more work; bridge.REMAT
+    model.remat = "none"  # or "dots", "blocks": less memory, more work; weights/functions.py
     model.batch_norm_group = 0  # images that share statistics in training; 0: a whole micro-batch
     model.overrides = ConfigDict()  # other fields of the family's Variant
 
@@ -130,10 +130,10 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
 
     config.mesh = mesh = ConfigDict()  # of devices; one size may be -1, the rest
     mesh.data = -1  # splits the images
-    mesh.fsdp = 1  # splits the images, and the weights: distributed/rules.py
+    mesh.fsdp = 1  # splits the images, and the weights: distributed/shardings.py
     mesh.tensor = 1  # splits MLPs, heads and classifiers
     mesh.num_slices = 0  # slices of a TPU pod, side by side on data; 0: as many as there are
-    config.sharding = sharding = ConfigDict()  # of the training state: distributed/rules.py
+    config.sharding = sharding = ConfigDict()  # of the training state: distributed/shardings.py
     sharding.rules = ()  # (pattern, axes) to try before the rules there
     sharding.optimizer_over_data = False  # split optimizer and average over data, too: ZeRO stage 1
     return config.lock()

@@ -16,10 +16,11 @@ import convert
 import hybrid_flax
 from convert.l2vit import select_classes
 from convert.state_dict import model_from_state_dict
-from hybrid_flax import bridge
-from hybrid_flax.checkpoints import Checkpoints
-from hybrid_flax.class_map import read_class_map
 from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.class_map import read_class_map
+from hybrid_flax.weights.paths import flatten
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,9 +54,7 @@ def _convert(options: argparse.Namespace) -> str:
     image_size = options.image_size or info.image_size
     model, num_classes = model_from_state_dict(options.model, state, image_size=image_size)
     weights = bridge.get_weights(model)
-    infinite = [
-        path for path, leaf in bridge.flatten(weights).items() if not np.isfinite(leaf).all()
-    ]
+    infinite = [path for path, leaf in flatten(weights).items() if not np.isfinite(leaf).all()]
     if infinite:
         raise InputError(f"{options.file}: not all values are finite in {', '.join(infinite)}")
 

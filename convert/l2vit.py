@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from convert.official import Official
-from hybrid_flax.class_map import check_rows
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.l2vit import L2ViT
+from hybrid_flax.weights.class_map import check_rows
 
 MODELS = (L2ViT,)
 

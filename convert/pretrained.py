@@ -11,8 +11,9 @@ import convert
 import hybrid_flax
 from convert.download import download
 from convert.state_dict import model_from_state_dict
-from hybrid_flax import bridge
-from hybrid_flax.fitting import fit
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.adapt import adapt
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
 def load_pretrained(name: str, model: nnx.Module) -> None:
@@ -26,9 +27,9 @@ def load_pretrained(name: str, model: nnx.Module) -> None:
     """
     weights, file = released_weights(name)
     template = bridge.get_weights(model)
-    fitted = fit(weights, bridge.flatten(template), str(file))
+    fitted = adapt(weights, flatten(template), str(file))
     fitted = {path: jnp.asarray(array) for path, array in fitted.items()}
-    bridge.set_weights(model, bridge.unflatten_like(template, fitted))
+    bridge.set_weights(model, unflatten_like(template, fitted))
 
 
 def released_weights(
@@ -49,4 +50,4 @@ def released_weights(
     entry = info.weights_entry if file is None else None
     file = download(name, info) if file is None else pathlib.Path(file)
     model, _ = model_from_state_dict(name, convert.load_checkpoint(file, entry=entry))
-    return bridge.flatten(bridge.get_weights(model)), file
+    return flatten(bridge.get_weights(model)), file

@@ -21,8 +21,9 @@ from flax import nnx
 import hybrid_flax
 from convert import gcvit, glnet, gramian, l2vit, unified
 from convert.official import Official
-from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.paths import flatten, is_classifier, unflatten
 
 _FAMILIES = (gcvit, l2vit, glnet, *gramian.FAMILIES, unified)
 
@@ -106,12 +107,12 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
             f"this state_dict does not fit {type(model).__name__} as it was built (variant, "
             "num_classes, image_size); nothing was loaded\n" + "\n".join(lines)
         )
-    bridge.set_weights(model, bridge.unflatten(weights))
+    bridge.set_weights(model, unflatten(weights))
 
 
 def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """The model as the state_dict its authors' code loads: same keys, layouts, dtypes and bits."""
-    flat = bridge.flatten(bridge.get_weights(model))
+    flat = flatten(bridge.get_weights(model))
     state = {key: entry.export(flat[entry.path]) for key, entry in _table(model).items()}
     return state | _derived_buffers(model)
 
@@ -148,7 +149,7 @@ def classifier_width(model: nnx.Module, state: Mapping[str, np.ndarray]) -> int:
       model: of the right family and variant, with any number of classes.
     """
     for key, entry in _table(model).items():
-        if bridge.is_classifier(entry.path) and entry.path.endswith("/bias"):
+        if is_classifier(entry.path) and entry.path.endswith("/bias"):
             return len(state[key]) if key in state and np.ndim(state[key]) == 1 else entry.shape[0]
     raise AssertionError(f"{type(model).__name__} has no classifier")
 
@@ -193,7 +194,7 @@ def _table(model: nnx.Module) -> dict[str, _Entry]:
     rules, table = _rules(model), {}
     renames = rules.renames(model) if hasattr(rules, "renames") else rules.RENAMES
     layouts = rules.layouts(model) if hasattr(rules, "layouts") else getattr(rules, "LAYOUTS", ())
-    for path, leaf in bridge.flatten(bridge.get_weights(model)).items():
+    for path, leaf in flatten(bridge.get_weights(model)).items():
         _, ours = path.split("/", 1)
         key = ours
         for pattern, replacement in renames:

@@ -26,10 +26,11 @@ import hybrid_flax
 from convert.download import download
 from convert.official import run_official
 from convert.state_dict import layer_names, model_from_state_dict, official_model
-from hybrid_flax import bridge
 from hybrid_flax.data import eval_crop
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.info import ModelInfo
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_recording_function
 
 # In float32 on a CPU, relative L2. What rounding does is ten to a hundred times smaller.
 LOGITS_BAR, LAYERS_BAR = 1e-4, 2e-4
@@ -92,7 +93,7 @@ def verify(
     check("parameters", classes != 1000 or count == info.parameters, detail)
 
     batch = _images(info, images)
-    run = jax.jit(bridge.as_recording_function(model))
+    run = jax.jit(as_recording_function(model))
     logits, ours = run(bridge.get_weights(model), jnp.asarray(batch))
     finite = bool(np.isfinite(logits).all())
     check("outputs", finite, f"finite on {len(batch)} images" if finite else "not all finite")

@@ -24,10 +24,10 @@ from typing import Any
 import jax
 
 import hybrid_flax
-from hybrid_flax import measuring
-from hybrid_flax.contestants import Ours
+from hybrid_flax.costs import chips, records, timing
+from hybrid_flax.costs.subjects import Subject
+from hybrid_flax.costs.timm_subject import TimmSubject
 from hybrid_flax.errors import InputError
-from hybrid_flax.opponents import Timm
 from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
@@ -35,7 +35,9 @@ STEPS_A_ROUND = 4  # waited for once, so that the host can run ahead as it does 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def rows(models: list[Ours | Timm], batch_sizes: list[int], steps: int) -> Iterator[dict[str, Any]]:
+def rows(
+    models: list[Subject | TimmSubject], batch_sizes: list[int], steps: int
+) -> Iterator[dict[str, Any]]:
     """Measures; a row for every batch size, pass and contestant. The first model is the measure.
 
     A contestant that ran out of memory is left out of larger batches; the table ends with the
@@ -51,12 +53,12 @@ def rows(models: list[Ours | Timm], batch_sizes: list[int], steps: int) -> Itera
             ours = models[0].label
             if ours not in builders:
                 continue
-            race = measuring.race(builders, turns=steps // repeats, repeats=repeats)
+            race = timing.compare(builders, turns=steps // repeats, repeats=repeats)
             for who in builders:
                 row = {"batch": batch, "pass": pass_, "who": who}
                 if who in race.failed:
                     row["failed"] = race.failed[who]
-                    if race.failed[who] == measuring.OUT_OF_MEMORY:
+                    if race.failed[who] == timing.OUT_OF_MEMORY:
                         full.add((pass_, who))
                 else:
                     row["seconds"] = race.seconds[who]
@@ -69,7 +71,7 @@ def rows(models: list[Ours | Timm], batch_sizes: list[int], steps: int) -> Itera
 
 def mfu(row: dict[str, Any], multiply_adds: int, dtype: str) -> float | None:
     """Model FLOPs over what the chip could do; None for float32 and chips without figures."""
-    chip = measuring.chip()
+    chip = chips.chip()
     if not chip or dtype != "bfloat16" or "failed" in row:
         return None
     return PASSES[row["pass"]] * multiply_adds * row["images_per_second"] / chip.flops
@@ -92,7 +94,7 @@ def show(row: dict[str, Any]) -> str:
     return f"{line}  {ratio}".rstrip()
 
 
-def opponent(against: str, options: argparse.Namespace, ours: Ours) -> Ours | Timm:
+def opponent(against: str, options: argparse.Namespace, ours: Subject) -> Subject | TimmSubject:
     """The model that `--against` names; raises InputError."""
     if against == "xla":
         return make_ours(options, "xla", "xla")
@@ -101,7 +103,7 @@ def opponent(against: str, options: argparse.Namespace, ours: Ours) -> Ours | Ti
         raise InputError(
             f"--against={against}: expected xla, or torch:timm/NAME such as torch:timm/gcvit_base"
         )
-    return Timm(
+    return TimmSubject(
         name,
         image_size=ours.side,
         dtype=options.dtype,
@@ -110,7 +112,7 @@ def opponent(against: str, options: argparse.Namespace, ours: Ours) -> Ours | Ti
     )
 
 
-def make_ours(options: argparse.Namespace, label: str, attention: str) -> Ours:
+def make_ours(options: argparse.Namespace, label: str, attention: str) -> Subject:
     """The model with this implementation of its operations in `pallas/`; raises InputError."""
     fields = {"attention": attention} if has_choice(options.model) else {}
     if not fields and attention != "auto":
@@ -118,7 +120,9 @@ def make_ours(options: argparse.Namespace, label: str, attention: str) -> Ours:
             f"{options.model} has no attention to choose for: --attention={attention} and "
             f"--against=xla are for GC ViT, L2ViT, GA-CSWin and the unified models"
         )
-    return Ours(label, options.model, image_size=options.image_size, dtype=options.dtype, **fields)
+    return Subject(
+        label, options.model, image_size=options.image_size, dtype=options.dtype, **fields
+    )
 
 
 def has_choice(model: str) -> bool:
@@ -128,25 +132,25 @@ def has_choice(model: str) -> bool:
 
 def batch_sizes(text: str) -> list[int]:
     """For argparse: "32,64" in ascending order."""
-    return sorted({measuring.positive(part) for part in text.split(",")})
+    return sorted({records.positive(part) for part in text.split(",")})
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="one of hybrid_flax.list_models()")
     parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
-    parser.add_argument("--image_size", type=measuring.positive, help="default: the model's own")
+    parser.add_argument("--image_size", type=records.positive, help="default: the model's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
-    parser.add_argument("--steps", type=measuring.positive, default=20, help="of each contestant")
+    parser.add_argument("--steps", type=records.positive, default=20, help="of each contestant")
     options = parser.parse_args(arguments)
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        measuring.check_file("--json", options.json)
+        records.check_file("--json", options.json)
         ours = make_ours(options, "ours", options.attention)
         models = [ours, *([opponent(options.against, options, ours)] if options.against else [])]
         return run(options, models)
@@ -155,11 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def run(options: argparse.Namespace, models: list[Ours | Timm]) -> int:
+def run(options: argparse.Namespace, models: list[Subject | TimmSubject]) -> int:
     """Prints, measures, saves. Exit status 1 if the model itself failed, but for want of memory."""
     ours = models[0]
     record = {
-        **measuring.record("torch", "timm"),
+        **records.record("torch", "timm"),
         "model": options.model,
         "image_size": ours.side,
         "dtype": options.dtype,
@@ -185,9 +189,9 @@ def run(options: argparse.Namespace, models: list[Ours | Timm]) -> int:
         record["rows"].append(row)
         print(show(row), flush=True)
         if options.json:  # after every row: what was measured is not lost when the next fails
-            measuring.save(options.json, record)
+            records.save(options.json, record)
     broken = (row.get("failed") for row in record["rows"] if row["who"] == ours.label)
-    return int(any(why not in (None, measuring.OUT_OF_MEMORY) for why in broken))
+    return int(any(why not in (None, timing.OUT_OF_MEMORY) for why in broken))
 
 
 if __name__ == "__main__":

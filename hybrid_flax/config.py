@@ -10,14 +10,14 @@ import ml_collections
 from flax import nnx
 
 import hybrid_flax
-from hybrid_flax import bridge
+from hybrid_flax.data.augmentation.policies import parse_policy
 from hybrid_flax.data.images import FILTERS
-from hybrid_flax.data.policies import parse_policy
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.training.optimizers import OPTIMIZERS
 from hybrid_flax.training.schedules import SHAPES
+from hybrid_flax.weights.functions import REMAT
 from pallas.dispatch import IMPLEMENTATIONS
 
 
@@ -60,7 +60,7 @@ _CHECKS = {
     "model.name": _one_of(*hybrid_flax.list_models()),
     "model.dtype": _one_of("bfloat16", "float32"),
     "model.attention": _one_of(*IMPLEMENTATIONS),
-    "model.remat": _one_of(*bridge.REMAT),
+    "model.remat": _one_of(*REMAT),
     "model.drop_path": _below_one,
     "model.num_classes": _above(-1),
     "model.batch_norm_group": _above(-1),

@@ -15,15 +15,21 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
-from hybrid_flax import bridge, cli
-from hybrid_flax.checkpoints import check_same, load_weights
+from hybrid_flax import cli
 from hybrid_flax.config import build_model, check, resolve_classes
-from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import source_of
-from hybrid_flax.distributed.mesh import local_rows, make_mesh, replicated, round_up, to_devices
+from hybrid_flax.data.transforms import EvalTransform
+from hybrid_flax.distributed.batch import local_rows, round_up, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.distributed.processes import from_first
-from hybrid_flax.distributed.transfer import place, to_all
+from hybrid_flax.distributed.transfer import broadcast_from_first, put
+from hybrid_flax.run.checkpoint_files import check_same
+from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.training.step import make_eval_step
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
 def evaluate(
@@ -95,7 +101,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     resolve_classes(config, source)
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)
-    like, loaded = bridge.flatten(template), {}
+    like, loaded = flatten(template), {}
 
     def newest() -> dict[str, Any]:
         saved = load_weights(workdir)
@@ -108,10 +114,10 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     found = from_first("read the checkpoint", newest)
     weights = {}
     for name in found["names"]:
-        tree = bridge.unflatten_like(template, to_all(loaded.get(name), like))
-        weights[name] = place(tree, replicated(mesh))
+        tree = unflatten_like(template, broadcast_from_first(loaded.get(name), like))
+        weights[name] = put(tree, replicated(mesh))
     results = evaluate(
-        make_eval_step(bridge.as_function(model), config, mesh),
+        make_eval_step(as_function(model), config, mesh),
         weights,
         EvalTransform.from_config(config, source),
         config,

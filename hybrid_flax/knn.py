@@ -17,22 +17,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from hybrid_flax import bridge, cli
-from hybrid_flax.checkpoints import load_weights
+from hybrid_flax import cli
 from hybrid_flax.config import build_model, check, resolve_classes
-from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Source, source_of
-from hybrid_flax.distributed.mesh import (
-    batch_sharded,
-    make_mesh,
-    on_mesh,
-    replicated,
-    round_up,
-    to_devices,
-)
+from hybrid_flax.data.transforms import EvalTransform
+from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
-from hybrid_flax.fitting import fit
+from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.training.step import normalise
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.adapt import adapt
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 _CHUNK = 256  # queries at a time
@@ -139,12 +137,10 @@ def main(
     template = bridge.get_weights(model)
     loaded = load_weights(workdir)
     # What the checkpoint does not fill is the classifier, which is not used.
-    fresh = {
-        path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in bridge.flatten(template).items()
-    }
-    fitted = fit(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
-    weights = jax.device_put(bridge.unflatten_like(template, fitted), replicated(mesh))
-    feature_step = make_feature_step(bridge.as_function(model), config, mesh)
+    fresh = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flatten(template).items()}
+    fitted = adapt(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
+    weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
+    feature_step = make_feature_step(as_function(model), config, mesh)
     bank, bank_labels = extract(feature_step, weights, train, config, mesh)
     queries, labels = extract(feature_step, weights, val, config, mesh)
     predicted = knn_predictions(

@@ -21,22 +21,21 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from hybrid_flax import bridge, cli
-from hybrid_flax.checkpoints import check_same, load_weights
+from hybrid_flax import cli
 from hybrid_flax.config import build_model, check, resolve_classes
 from hybrid_flax.data.label_maps import label_map_file
-from hybrid_flax.data.loader import EvalTransform, eval_batches
+from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Subset, source_of
-from hybrid_flax.distributed.mesh import (
-    batch_sharded,
-    make_mesh,
-    on_mesh,
-    replicated,
-    round_up,
-    to_devices,
-)
+from hybrid_flax.data.transforms import EvalTransform
+from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.checkpoint_files import check_same
+from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.training.batch_augmentation import normalise
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 HIGHEST = 5
 
@@ -62,8 +61,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
     template = bridge.get_weights(model)
     loaded = load_weights(workdir)
     arrays = loaded.averaged or loaded.trained
-    check_same(arrays, bridge.flatten(template), f"the checkpoint in {workdir}")
-    weights = jax.device_put(bridge.unflatten_like(template, arrays), replicated(mesh))
+    check_same(arrays, flatten(template), f"the checkpoint in {workdir}")
+    weights = jax.device_put(unflatten_like(template, arrays), replicated(mesh))
 
     files = [label_map_file(out, source.name(index)) for index in range(len(source))]
     if len(set(files)) < len(files):
@@ -73,7 +72,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
         )
     missing = [index for index, file in enumerate(files) if not os.path.exists(file)]
     print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
-    annotate = _annotating_step(bridge.as_function(model), config, mesh)
+    annotate = _annotating_step(as_function(model), config, mesh)
     batches = eval_batches(
         EvalTransform.from_config(config, Subset(source, missing)),
         batch_size=round_up(config.eval.batch_size, mesh),

@@ -13,94 +13,32 @@ the figures (scaling.py says what it assumes).
 """
 
 import collections
-import importlib.util
 import json
-import os
-import pathlib
 import re
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from hybrid_flax import buffers, cli, scaling
-from hybrid_flax.compiled import collectives, largest, memory_traffic
+from hybrid_flax import cli
+from hybrid_flax.build import Program, training_program
 from hybrid_flax.config import check
-from hybrid_flax.distributed.mesh import batch_parts, batch_sharded, check_batch_size, make_mesh
-from hybrid_flax.distributed.rules import Share, shares, show_shares
+from hybrid_flax.costs import compile_only, scaling
+from hybrid_flax.costs.flops import training_flops
+from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
+from hybrid_flax.costs.targets import EXAMPLES, GIB, Target, find_target, set_up
+from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batch_size
+from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.distributed.shardings import MemoryRow, memory_table, show_memory_table
 from hybrid_flax.errors import InputError
-from hybrid_flax.flops import training_flops
-from hybrid_flax.program import Program, training_program
 from hybrid_flax.versions import versions
 from pallas.dispatch import recorded
 
-GIB = 2**30
-MEMORY = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "h200": 141e9}
-_SQUARES = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
-_CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, 8x8x16, 8x16x16"
-SHAPES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES, "h200": "1 to 8"}
-EXAMPLES = "v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, h200:8"
 IMAGENET = 1_281_167  # training images, for schedules that count epochs
-H200 = pathlib.Path(__file__).parent.parent / "benchmarks" / "targets" / "h200.textproto"
-
-
-class Target(NamedTuple):
-    """Machines as their compiler knows them."""
-
-    name: str  # v5e:16x16
-    chip: str
-    platform: str  # "tpu" or "cuda"
-    devices: Sequence[jax.Device]  # of all slices
-
-    @property
-    def memory(self) -> float:
-        """Bytes of a chip."""
-        return MEMORY[self.chip]
-
-
-def find_target(name: str, num_slices: int = 1) -> Target:
-    """The machines of that name, so many slices of them.
-
-    Raises:
-      InputError: an unknown name, or their compiler is not installed.
-    """
-    chip, _, shape = name.partition(":")
-    known = "\n".join(f"  {chip}: {shapes}" for chip, shapes in SHAPES.items())
-    if chip not in MEMORY or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise InputError(
-            f"--topology={name}: expected a chip and a shape, such as {EXAMPLES}. Known are\n"
-            f"{known}"
-        )
-    gpu = chip == "h200"
-    needed, install = ("jax_cuda13_plugin", '"jax[cuda13]"') if gpu else ("libtpu", "libtpu")
-    if importlib.util.find_spec(needed) is None:
-        raise InputError(
-            f"--topology={name}: its compiler is not installed here. Install it, no chip is "
-            f"needed: pip install {install}"
-        )
-    try:
-        if gpu:
-            topology = topologies.get_topology_desc(
-                platform="cuda",
-                target_config=H200.read_text(),
-                topology=f"{num_slices}x1x{int(shape)}",
-            )
-        else:
-            slices = {"num_slices": num_slices} if num_slices > 1 else {}
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices)
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--topology={name}: the compiler knows no such machines ({reason}). Among those it "
-            f"knows are\n{known}"
-        ) from error
-    return Target(name, chip, "cuda" if gpu else "tpu", topology.devices)
 
 
 def plan(config: ml_collections.ConfigDict, target: Target, quick: bool = False) -> dict[str, Any]:
@@ -118,13 +56,13 @@ def plan(config: ml_collections.ConfigDict, target: Target, quick: bool = False)
     started = time.perf_counter()
     try:
         if quick:
-            found, *program = buffers.assigned(
+            found, *program = compile_only.buffer_assignment(
                 lower_for, config, target.name, max(1, config.mesh.num_slices)
             )
         else:
             found, lowered = lower(config, target)
             program = _with_code(lowered.compile())
-    except (jax.errors.JaxRuntimeError, buffers.CompilerError) as error:
+    except (jax.errors.JaxRuntimeError, compile_only.CompilerError) as error:
         needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
             raise
@@ -167,7 +105,7 @@ def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, 
     with recorded() as calls:
         program = training_program(config, mesh, steps_per_epoch)
         traced = program.train_step.trace(_placed(program), _batch(config, mesh))
-    split = shares(program.state, program.shardings)
+    split = memory_table(program.state, program.shardings)
     found = {
         "topology": target.name,
         "chips": mesh.size,
@@ -248,8 +186,6 @@ def _kernels(calls, platform: str) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------- for a person
-
-
 def show(found: dict[str, Any]) -> str:
     """The plan as lines of text."""
     state = found["bytes_of_state"]
@@ -263,7 +199,7 @@ def show(found: dict[str, Any]) -> str:
         + f"{found['batch_per_chip']} on a chip"
         + (f" in {found['accumulation_steps']} parts" * (found["accumulation_steps"] > 1)),
         f"mesh: {axes or 'one chip'}",
-        show_shares([Share(**share) for share in found["split"]]),
+        show_memory_table([MemoryRow(**share) for share in found["split"]]),
         "memory of a chip",
         *(f"  {name:12} {size(count)}" for name, count in state.items() if count > 4),
         *([f"  temporary    {size(found['temporary_bytes'])}"] * ("temporary_bytes" in found)),
@@ -295,7 +231,7 @@ def exchanged(parts: dict[str, dict[str, dict[str, int]]]) -> list[str]:
 
 def show_scaling(tables: dict[str, list[dict[str, float]]]) -> str:
     """What `scaling.of_plan` gives, as lines of text."""
-    lines = ["on paper, nothing of it measured; hybrid_flax/scaling.py says what is assumed"]
+    lines = ["on paper, nothing of it measured; hybrid_flax/costs/scaling.py says what is assumed"]
     for name, rows in tables.items():
         lines += [
             f"{name} scaling: chips, images on each, images a second, efficiency",
@@ -333,12 +269,6 @@ def main(config: ml_collections.ConfigDict, options) -> int:
         lines.append(f"largest batch that fits: {found['largest_batch']}")
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines))
     return 0 if found["fits"] else 1
-
-
-def set_up() -> None:
-    """Before JAX is used: compilers are enough, a chip is not looked for."""
-    jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
-    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 
 if __name__ == "__main__":

@@ -21,38 +21,36 @@ import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
-from hybrid_flax import bridge
-from hybrid_flax.buckets import is_bucket
-from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.build import CompiledOnce, Program, training_program
 from hybrid_flax.config import check, resolve_classes
-from hybrid_flax.data.loader import (
-    Batch,
-    EvalTransform,
-    TrainTransform,
-    batches_per_epoch,
-    images_of_batch,
-    train_batches,
-)
+from hybrid_flax.data.loader import train_batches
+from hybrid_flax.data.order import batches_per_epoch, images_of_batch
 from hybrid_flax.data.sources import Source, check_same_data, fingerprint, source_of
-from hybrid_flax.distributed.agreement import Agreement, Known
-from hybrid_flax.distributed.mesh import check_batch_size, local_rows, make_mesh, to_devices
-from hybrid_flax.distributed.preemption import StopSignal
+from hybrid_flax.data.transforms import Batch, EvalTransform, TrainTransform
+from hybrid_flax.distributed.batch import check_batch_size, local_rows, to_devices
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.processes import from_first, is_first
-from hybrid_flax.distributed.rules import shares, show_shares
-from hybrid_flax.distributed.transfer import place, to_all, whole
-from hybrid_flax.distributed.watchdog import Watchdog
+from hybrid_flax.distributed.shardings import memory_table, show_memory_table
+from hybrid_flax.distributed.step_status import StatusExchange, StepStatus
+from hybrid_flax.distributed.transfer import broadcast_from_first, gather_to_host, put
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.evaluate import evaluate, show_results
-from hybrid_flax.goodput import Ledger, Phases
-from hybrid_flax.init_from import initial_weights
-from hybrid_flax.profiling import Profile
-from hybrid_flax.program import CompiledOnce, Program, training_program
-from hybrid_flax.training.metrics import MetricWriter, draw_curves
-from hybrid_flax.training.non_finite import Mishaps, NonFiniteStep, is_finite
-from hybrid_flax.training.progress import Progress, seconds_at_peak
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.goodput import Ledger
+from hybrid_flax.run.metrics import MetricWriter, draw_curves
+from hybrid_flax.run.phases import Phases
+from hybrid_flax.run.profiling import Profile
+from hybrid_flax.run.progress import Progress, seconds_at_peak
+from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps, is_finite
+from hybrid_flax.run.stop_signal import StopSignal
+from hybrid_flax.run.storage.bucket import is_bucket
+from hybrid_flax.run.watchdog import Watchdog
+from hybrid_flax.run.workdir import Workdir, differences, to_plain
+from hybrid_flax.start import initial_weights
 from hybrid_flax.training.step import State, make_eval_step, weights_of
 from hybrid_flax.versions import versions
-from hybrid_flax.workdir import Workdir, differences, to_plain
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, unflatten, unflatten_like
 
 # Settings that processes on different hosts may have each for itself.
 _OF_A_HOST = ("dataset.cache", "dataset.index", "dataset.num_workers", "dataset.path")
@@ -166,7 +164,7 @@ def _introduce(job: Job, steps_per_epoch: int) -> None:
         f"validation images; {config.epochs * steps_per_epoch:,} steps of {config.batch_size} "
         f"images on {job.mesh.size} {jax.devices()[0].device_kind} device(s){processes}"
     )
-    table = show_shares(shares(state, job.program.shardings))
+    table = show_memory_table(memory_table(state, job.program.shardings))
     if job.mesh.size > 1:
         print(f"mesh {dict(job.mesh.shape)}: {table}")
     if job.run:
@@ -176,7 +174,7 @@ def _introduce(job: Job, steps_per_epoch: int) -> None:
 
 def _begin_or_continue(
     job: Job, rolled_back_from: NonFiniteStep | None
-) -> tuple[int, State, Mishaps]:
+) -> tuple[int, State, SkippedSteps]:
     """(steps done, state, mishaps) of the newest intact checkpoint, or of a fresh start."""
     program, arrays = job.program, None
 
@@ -193,12 +191,12 @@ def _begin_or_continue(
     if found:
         step, meta = found["step"], found["meta"]
         check_same_data(job.train_source, meta.get("data", {}), step)
-        arrays = to_all(arrays, bridge.flatten(program.state))
-        state = place(bridge.unflatten_like(program.state, arrays), program.shardings)
-        mishaps = Mishaps(*meta.get("mishaps", Mishaps()))
+        arrays = broadcast_from_first(arrays, flatten(program.state))
+        state = put(unflatten_like(program.state, arrays), program.shardings)
+        mishaps = SkippedSteps(*meta.get("mishaps", SkippedSteps()))
         print(f"continuing from the checkpoint of step {step}")
     else:
-        step, mishaps = 0, Mishaps()
+        step, mishaps = 0, SkippedSteps()
         weights = initial_weights(job.config, job.mesh)
         state = jax.jit(program.begin, out_shardings=program.shardings)(weights)
     if job.checkpoints:
@@ -208,7 +206,7 @@ def _begin_or_continue(
     return step, state, mishaps
 
 
-def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mishaps) -> int:
+def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: SkippedSteps) -> int:
     config, mesh, run, checkpoints = job.config, job.mesh, job.run, job.checkpoints
     phases, ledger = job.phases, job.ledger
     total_steps = config.epochs * steps_per_epoch
@@ -216,11 +214,11 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         checkpoints.check_space(job.program.state)
     eval_every = config.eval.every_epochs * steps_per_epoch
     eval_step = make_eval_step(
-        bridge.as_function(job.program.model), config, mesh, weights_of(job.program.shardings)
+        as_function(job.program.model), config, mesh, weights_of(job.program.shardings)
     )
     val_transform = EvalTransform.from_config(config, job.val_source)
-    agreement = Agreement(mesh)
-    known = Known(None, [0.0] * jax.process_count())
+    agreement = StatusExchange(mesh)
+    known = StepStatus(None, [0.0] * jax.process_count())
     batches = train_batches(
         TrainTransform.from_config(config, job.train_source),
         batch_size=config.batch_size,
@@ -283,14 +281,14 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
             numbers |= progress.report(at, float(numbers["loss"]), waits)
             if unreadable:
                 numbers["unreadable_images"] = unreadable
-            if mishaps != Mishaps():
+            if mishaps != SkippedSteps():
                 numbers |= mishaps._asdict()
             write(at, {f"train/{name}": float(x) for name, x in numbers.items()})
             ledger.write(at)
 
     def save() -> None:
         with phases("save"):
-            tree = whole(state)
+            tree = gather_to_host(state)
             if checkpoints:
                 run.push()  # what was recorded up to here
                 checkpoints.save(step, tree, _meta(job, mishaps))
@@ -323,7 +321,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
                     break
                 ledger.write(step)
                 account = ledger.account()
-                numbers = bridge.flatten(results) | {"run/goodput": account.goodput}
+                numbers = flatten(results) | {"run/goodput": account.goodput}
                 evaluated[step] = write(step, numbers)
                 if run:
                     draw_curves(writer.records, run.curves, f"{config.model.name}, {run.name}")
@@ -360,7 +358,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Mish
         print(f"stopped by {known.stop.name}; step {step} is saved, the same command continues")
         return 128 + known.stop
     print(f"finished: {total_steps} steps of {config.model.name}")
-    print(show_results(bridge.unflatten(evaluated[total_steps])))
+    print(show_results(unflatten(evaluated[total_steps])))
     print(f"  {ledger.account()}")
     return 0
 
@@ -387,7 +385,7 @@ def _score(record: dict[str, Any]) -> float:
     return record.get("val_ema/top1", record["val/top1"])
 
 
-def _meta(job: Job, mishaps: Mishaps) -> dict[str, Any]:
+def _meta(job: Job, mishaps: SkippedSteps) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {
         "model": job.config.model.name,
@@ -399,9 +397,9 @@ def _meta(job: Job, mishaps: Mishaps) -> dict[str, Any]:
     }
 
 
-def _pass_over(job: Job, step: int, metrics: dict[str, Any], mishaps: Mishaps) -> Mishaps:
+def _pass_over(job: Job, step: int, metrics: dict[str, Any], mishaps: SkippedSteps) -> SkippedSteps:
     """Counts a step that was not finite as skipped; NonFiniteStep if that is not what to do."""
-    parameters = list(bridge.flatten(job.program.state["params"]))
+    parameters = list(flatten(job.program.state["params"]))
     number = int(metrics["non_finite"])
     error = NonFiniteStep(step, metrics, parameters[number] if number >= 0 else "", mishaps)
     if job.config.on_non_finite != "skip" or mishaps.skipped >= job.config.non_finite_limit:

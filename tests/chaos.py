@@ -40,7 +40,7 @@ import time
 import jax
 import ml_collections
 
-from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax.run.checkpoints import Checkpoints
 from tests import tiny
 
 STOPS = ("kill", "kill in save", "sigterm", "sigterm twice", "kill a data worker", "disk full")

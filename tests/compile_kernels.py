@@ -32,6 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hybrid_flax
+from hybrid_flax.costs.targets import H200
 from hybrid_flax.versions import versions
 from pallas.deformable_conv.geometry import Sampling
 from tests.pallas.cases import (
@@ -46,7 +47,6 @@ from tests.pallas.cases import (
 BATCH, DETECTOR_BATCH = 128, 2
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CHIPS = (*TPUS, "h200")
-H200 = pathlib.Path(__file__).parent.parent / "benchmarks" / "targets" / "h200.textproto"
 
 
 def device(chip: str) -> NamedSharding:

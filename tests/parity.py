@@ -26,10 +26,11 @@ from flax import nnx
 
 import convert
 import hybrid_flax
-from hybrid_flax import bridge
-from hybrid_flax.flops import count_multiply_adds
+from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.training.losses import cross_entropy, gramian, token_labelling
 from hybrid_flax.versions import versions
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function, as_training_function
 from tests import reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -125,7 +126,7 @@ def compare(file: pathlib.Path) -> Iterator[Parity]:
 def _compare_evaluation(golden: Golden, index: int) -> Parity:
     start = time.perf_counter()
     case, arrays = golden.record["cases"][index], golden.arrays
-    apply, weights = bridge.as_function(golden.model), bridge.get_weights(golden.model)
+    apply, weights = as_function(golden.model), bridge.get_weights(golden.model)
     images = jnp.asarray(reference.images(case["seed"], tuple(case["image_shape_nhwc"])))
 
     def forward(weights, images):
@@ -174,7 +175,7 @@ def _compare_training(golden: Golden) -> Parity:
     start = time.perf_counter()
     train, arrays = golden.record["train"], golden.arrays
     case = train["case"]
-    apply = bridge.as_training_function(golden.model)
+    apply = as_training_function(golden.model)
     weights = bridge.get_weights(golden.model)
     shape = (case["batch"], *case["size"], 3)
     images = jnp.asarray(reference.images(case["seed"], shape))
@@ -323,7 +324,7 @@ def multiply_adds(name: str) -> int:
     size = hybrid_flax.model_info(name).image_size
     model = bridge.abstract(lambda: hybrid_flax.create_model(name))
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return count_multiply_adds(bridge.as_function(model), bridge.get_weights(model), image)
+    return count_multiply_adds(as_function(model), bridge.get_weights(model), image)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hybrid_flax
-from hybrid_flax import bridge
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.paths import flatten, unflatten
 
 
 def _uniform(tag: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -74,11 +75,11 @@ def model(name: str, seed: int = 0, **arguments):
     """
     built = bridge.abstract(lambda: hybrid_flax.create_model(name, **arguments))
     filled = {}
-    for path, leaf in bridge.flatten(bridge.get_weights(built)).items():
+    for path, leaf in flatten(bridge.get_weights(built)).items():
         name = path.partition("/")[2]
         if name.endswith("/var"):
             name = f"{name.removesuffix('var')}.running_var"
         array = np.zeros(leaf.shape) if name.endswith("/count") else weights(seed, name, leaf.shape)
         filled[path] = jnp.asarray(array, leaf.dtype)
-    bridge.set_weights(built, bridge.unflatten(filled))
+    bridge.set_weights(built, unflatten(filled))
     return built

@@ -16,8 +16,9 @@ import torch
 from benchmarks import deformable_conv as deformable
 from benchmarks import depthwise, operation
 from benchmarks import window_attention as windows
-from hybrid_flax import benchmark, measuring
-from hybrid_flax.contestants import Ours, describe, recipe
+from hybrid_flax import benchmark
+from hybrid_flax.costs import chips, records, timing
+from hybrid_flax.costs.subjects import Subject, describe, recipe
 from hybrid_flax.models import l2vit
 from hybrid_flax.training.losses import loss_for, make_loss
 from pallas.deformable_conv.geometry import Sampling
@@ -47,16 +48,16 @@ def test_contestants_take_turns_and_failures_leave_the_race():
         raise ValueError("no such kernel\nand much more")
 
     builders = {"a": contestant("a"), "b": contestant("b", fails_at=3), "c": broken}
-    race = measuring.race(builders, turns=3)
+    race = timing.compare(builders, turns=3)
     assert "".join(order) == "ababab" + "a"  # once to warm up, then in turns; b left in the second
     assert set(race.seconds) == {"a"}
-    assert race.failed == {"b": measuring.OUT_OF_MEMORY, "c": "ValueError: no such kernel"}
+    assert race.failed == {"b": timing.OUT_OF_MEMORY, "c": "ValueError: no such kernel"}
 
 
 def test_medians_are_of_one_execution(monkeypatch):
     clock = iter([0, 6, 10, 12, 20, 60])
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
-    race = measuring.race({"a": lambda: lambda: None}, turns=3, repeats=2)
+    monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
+    race = timing.compare({"a": lambda: lambda: None}, turns=3, repeats=2)
     assert race.seconds == {"a": 3.0}
 
 
@@ -114,7 +115,7 @@ FLOORS = {
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_floors(name):
-    chip = measuring.CHIPS["NVIDIA H200"]
+    chip = chips.CHIPS["NVIDIA H200"]
     work = windows.work(windows.shapes("bfloat16")[name], 128)
     forward, both = operation.floor(work, chip).values()
     assert 1e6 * forward == pytest.approx(FLOORS[name], abs=0.06)
@@ -137,7 +138,7 @@ def test_every_shape_is_one_that_the_operation_takes():
 )
 def test_the_shapes_are_those_of_the_models(model):
     with recorded() as calls:
-        Ours("", model, image_size=None, dtype="bfloat16").multiply_adds()
+        Subject("", model, image_size=None, dtype="bfloat16").multiply_adds()
     known = windows.shapes("bfloat16")
     table = {known[name] for name in known if name.startswith(model)}
     assert table <= {geometry for geometry, _ in calls}
@@ -251,14 +252,14 @@ def test_sampling_floors(chip, floors):
     """
     for stage, geometry in enumerate(deformable.shapes("bfloat16").values()):
         work = deformable.work(geometry, 128)
-        forward, both = operation.floor(work, measuring.CHIPS[chip]).values()
+        forward, both = operation.floor(work, chips.CHIPS[chip]).values()
         times = [1e6 * 2**stage * seconds for seconds in (forward, both - forward)]
         assert times == pytest.approx(floors, abs=0.06)
 
 
 def test_the_sampled_shapes_are_those_of_the_model():
     with recorded() as calls:
-        Ours("", "unified_internimage_base", image_size=None, dtype="bfloat16").multiply_adds()
+        Subject("", "unified_internimage_base", image_size=None, dtype="bfloat16").multiply_adds()
     assert set(deformable.shapes("bfloat16").values()) == {geometry for geometry, _ in calls}
 
 
@@ -338,7 +339,7 @@ def test_model_command(tiny, tmp_path, capsys):
     file = tmp_path / "model.json"
     assert benchmark.main([*tiny, "--batch_sizes=2", f"--json={file}"]) == 0
     record = json.loads(file.read_text())
-    same = Ours("", "l2vit_t", image_size=32, dtype="bfloat16")
+    same = Subject("", "l2vit_t", image_size=32, dtype="bfloat16")
     assert record["multiply_adds"] == same.multiply_adds()
     assert record["parameters"] == same.parameters() < 2e6
     assert [(row["batch"], row["pass"], row["who"]) for row in record["rows"]] == [
@@ -391,7 +392,7 @@ def test_the_table_ends_at_out_of_memory():
         for row in table
         if row["who"] != "third" and "failed" in row
     }
-    assert set(ended.values()) == {measuring.OUT_OF_MEMORY}
+    assert set(ended.values()) == {timing.OUT_OF_MEMORY}
     assert sorted(ended) == [
         (2, "training", "other"),
         (4, "inference", "other"),
@@ -410,7 +411,7 @@ def test_the_table_ends_at_out_of_memory():
 def test_mfu(monkeypatch):
     row = {"pass": "training", "images_per_second": 4436.0}
     assert benchmark.mfu(row, 14_870_000_000, "bfloat16") is None
-    monkeypatch.setattr(measuring, "chip", lambda: measuring.CHIPS["NVIDIA H200"])
+    monkeypatch.setattr(records, "chip", lambda: chips.CHIPS["NVIDIA H200"])
     assert benchmark.mfu(row, 14_870_000_000, "bfloat16") == pytest.approx(0.4, abs=1e-3)
     assert benchmark.mfu(row, 14_870_000_000, "float32") is None
 

@@ -3,13 +3,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_flax import bridge, evaluate
-from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax import evaluate
 from hybrid_flax.config import build_model
-from hybrid_flax.data.loader import EvalTransform
 from hybrid_flax.data.sources import open_source
+from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.training.step import make_eval_step
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
 from tests import tiny
 
 
@@ -24,7 +26,7 @@ def results(weights, devices, batch_size, source=None):
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     transform = EvalTransform.from_config(config, source or open_source("digits", "", "val"))
-    step = make_eval_step(bridge.as_function(model), config, mesh)
+    step = make_eval_step(as_function(model), config, mesh)
     weights = jax.device_get(weights)
     return evaluate.evaluate(step, {"val": weights}, transform, config, mesh)["val"]
 
@@ -44,7 +46,7 @@ def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
     config = tiny.get_config(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    step = make_eval_step(bridge.as_function(model), config, mesh)
+    step = make_eval_step(as_function(model), config, mesh)
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
     both = evaluate.evaluate(step, {"val": weights, "val_ema": other}, transform, config, mesh)
     assert both["val"]["loss"] != both["val_ema"]["loss"]

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 import hybrid_flax
-from hybrid_flax import bridge, knn
-from hybrid_flax.checkpoints import Checkpoints
+from hybrid_flax import knn
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
 from tests import reference, tiny
 
 
@@ -80,6 +82,6 @@ def test_the_program_needs_no_fitting_classifier(tmp_path, capsys):
 def test_the_features_of_several_heads_follow_each_other():
     model = bridge.abstract(lambda: hybrid_flax.create_model("ga_convnext_t"))
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
-    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    apply, weights = as_function(model), bridge.get_weights(model)
     features = jax.eval_shape(lambda w, x: knn.pooled_features(apply, w, x), weights, images)
     assert features.shape == (2, 5 * 688)

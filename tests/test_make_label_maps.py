@@ -8,12 +8,12 @@ from flax import nnx
 from PIL import Image
 
 import hybrid_flax.make_label_maps
-from hybrid_flax import bridge
-from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.config import build_model
 from hybrid_flax.data.images import eval_crop
+from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.train import train
 from hybrid_flax.training.batch_augmentation import normalise
+from hybrid_flax.weights import bridge
 from tests import tiny
 
 MODEL = {"dataset__name": "image_folder", "model__num_classes": 2, "dataset__num_workers": 0}

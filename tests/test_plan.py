@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from hybrid_flax import buffers
 from hybrid_flax import plan as planning
-from hybrid_flax.compiled import gathered
+from hybrid_flax.costs import compile_only, targets
+from hybrid_flax.costs.hlo_text import gathered
+from hybrid_flax.costs.targets import Target, find_target
 from hybrid_flax.errors import InputError
-from hybrid_flax.plan import Target, find_target, largest_batch, lower, lower_for, plan, show
+from hybrid_flax.plan import largest_batch, lower, lower_for, plan, show
 from tests import tiny
 
 HERE = Target("here:8", "v5e", "cpu", jax.devices())
@@ -76,7 +77,7 @@ def test_split_weights_are_gathered_for_their_use(found):
 @pytest.mark.kernels
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_same_on_tpus():
-    program = buffers.assigned(lower_for, sharded(64, data=1, fsdp=4), "v5e:2x2", 1)
+    program = compile_only.buffer_assignment(lower_for, sharded(64, data=1, fsdp=4), "v5e:2x2", 1)
     assert program.known["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     # TPUs gather in pieces, within products: sizes are known, not origins.
     assert max(elements(array.array) for array in gathered(program.text)) == 256 * 768  # a weight
@@ -135,7 +136,7 @@ def test_the_slices_are_asked_for(monkeypatch):
         return SimpleNamespace(devices=jax.devices())
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: True)
-    monkeypatch.setattr(planning.topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", describe)
     assert find_target("v5e:2x2", 2).devices == jax.devices()
     assert asked == {"platform": "tpu", "topology_name": "v5e:2x2", "num_slices": 2}
     asked.clear()
@@ -183,7 +184,7 @@ def test_a_shape_that_the_compiler_does_not_know(monkeypatch):
         raise ValueError("bad shape\nand more")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: True)
-    monkeypatch.setattr(planning.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", refuse)
     with pytest.raises(
         ValueError, match=r"knows no such machines \(bad shape\). Among(.|\n)*v5e: 1x1"
     ):
@@ -226,16 +227,16 @@ def unusable():
 
 
 def test_a_program_without_machine_code():
-    found = buffers.assigned(lowered)
+    found = compile_only.buffer_assignment(lowered)
     assert (found.known, found.bytes, found.temporary) == ({"model": "m"}, 900, 700)
     assert found.text.startswith("HloModule x")
 
 
 def test_a_program_that_its_compiler_refuses():
-    with pytest.raises(buffers.CompilerError, match="ValueError: RESOURCE_EXHAUSTED"):
-        buffers.assigned(lowered, "RESOURCE_EXHAUSTED: too much")
+    with pytest.raises(compile_only.CompilerError, match="ValueError: RESOURCE_EXHAUSTED"):
+        compile_only.buffer_assignment(lowered, "RESOURCE_EXHAUSTED: too much")
     with pytest.raises(InputError, match="no such thing"):
-        buffers.assigned(unusable)
+        compile_only.buffer_assignment(unusable)
 
 
 def test_only_the_compilers_of_tpus_can_be_stopped():
@@ -245,9 +246,9 @@ def test_only_the_compilers_of_tpus_can_be_stopped():
 
 def test_the_memory_that_a_program_would_need(monkeypatch):
     def refuse(*_):
-        raise buffers.CompilerError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
+        raise compile_only.CompilerError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
 
-    monkeypatch.setattr(buffers, "assigned", refuse)
+    monkeypatch.setattr(compile_only, "buffer_assignment", refuse)
     monkeypatch.setattr(planning, "lower", lambda *_: ({"model": "m"}, None))
     target = HERE._replace(platform="tpu")
     found = plan(tiny.gcvit(), target, quick=True)

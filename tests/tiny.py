@@ -16,7 +16,7 @@ import ml_collections
 
 import hybrid_flax.train
 from configs import quickstart
-from hybrid_flax import program
+from hybrid_flax import build
 
 
 def get_config(**overrides) -> ml_collections.ConfigDict:
@@ -109,7 +109,7 @@ def main() -> int:
     if options.order:
         train.train_batches = record(train.train_batches)
     if options.kill_at is not None:
-        program.CompiledOnce.__call__ = count_down(program.CompiledOnce.__call__)
+        build.CompiledOnce.__call__ = count_down(build.CompiledOnce.__call__)
     if options.kill_in == "evaluate":
         train.evaluate = kill
     if options.kill_in == "save":

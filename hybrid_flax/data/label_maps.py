@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from hybrid_flax.data.augment import Operation
+from hybrid_flax.data.augmentation.operations import Operation
 from hybrid_flax.errors import InputError
 
 

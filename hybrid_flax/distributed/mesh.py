@@ -1,4 +1,4 @@
-"""The device mesh, and how batches lie on it. Where the training state lies: `rules.py`."""
+"""The device mesh. Batches on it: `batch.py`; the training state on it: `shardings.py`."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hybrid_flax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(
@@ -25,7 +24,7 @@ def make_mesh(
     """The mesh of all devices with the axes `data`, `fsdp` and `tensor`, of these sizes.
 
     Images are split over `data` and `fsdp`, weights over `fsdp` and `tensor` by the rules of
-    `rules.py`. Neighbours on `tensor`, then on `fsdp`, are neighbours on the chips' network;
+    `shardings.py`. Neighbours on `tensor`, then on `fsdp`, are neighbours on the chips' network;
     several slices lie side by side on `data`, so that only gradients pass between them.
 
     Auto axes, said explicitly: with JAX's default, Explicit, cutting a sharded batch into windows
@@ -100,64 +99,3 @@ def on_mesh(mesh: Mesh):
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a batch this process has to read, ascending: those of its own devices."""
-    rows = batch_size // batch_parts(mesh)
-    return np.concatenate([np.arange(part * rows, (part + 1) * rows) for part in _own_parts(mesh)])
-
-
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Starts copying this process's rows of a batch to its devices; does not wait.
-
-    The arrays that it returns have the rows of all processes.
-    """
-    sharding, parts = batch_sharded(mesh), _own_parts(mesh)
-
-    def whole(array: np.ndarray) -> jax.Array:
-        rows = len(array) // len(parts)
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            place = parts.index((index[0].start or 0) // rows)
-            return array[place * rows : (place + 1) * rows]
-
-        shape = (rows * batch_parts(mesh), *array.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return {name: whole(array) for name, array in batch.items()}
-
-
-@functools.cache
-def _own_parts(mesh: Mesh) -> list[int]:
-    """Which parts of a batch lie on devices of this process; ascending, but maybe with gaps."""
-    places = batch_sharded(mesh).addressable_devices_indices_map((batch_parts(mesh),)).values()
-    return sorted({place[0].start or 0 for place in places})
-
-
-def round_up(batch_size: int, mesh: Mesh) -> int:
-    """The next batch size that splits evenly over the devices, where any will do."""
-    parts = batch_parts(mesh)
-    return -(-batch_size // parts) * parts
-
-
-def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Raises InputError unless the batch splits evenly over devices and micro-batches."""
-    pieces = batch_parts(mesh) * accumulation_steps
-    if batch_size < 1 or batch_size % pieces:
-        below = batch_size // pieces * pieces
-        raise InputError(
-            f"batch_size={batch_size} cannot be split evenly over {batch_parts(mesh)} devices × "
-            f"accumulation_steps={accumulation_steps}; use a multiple of {pieces}, such as "
-            f"{below or pieces} or {max(below, pieces) + pieces}"
-        )

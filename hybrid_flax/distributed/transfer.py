@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 
-def whole(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """The tree, with every array that this process has only a part of as a whole in its memory.
 
     All processes have to call it: they gather. Array by array, so that no device holds two.
@@ -33,7 +33,9 @@ def _same(x):
     return x
 
 
-def to_all(arrays: dict[str, np.ndarray] | None, like: dict[str, Any]) -> dict[str, np.ndarray]:
+def broadcast_from_first(
+    arrays: dict[str, np.ndarray] | None, like: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """What the first process has, in every process, to the bit.
 
     Args:
@@ -53,7 +55,7 @@ def to_all(arrays: dict[str, np.ndarray] | None, like: dict[str, Any]) -> dict[s
     return {name: sent(name) for name in like}
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def put(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has, on the devices as the shardings (or one for all) say."""
 
     def placed(array, sharding):

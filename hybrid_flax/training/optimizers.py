@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hybrid_flax import bridge
 from hybrid_flax.errors import InputError
 from hybrid_flax.training import Config
 from hybrid_flax.training.layer_decay import layer_ids
 from hybrid_flax.training.schedules import Schedule
+from hybrid_flax.weights.paths import flatten, is_classifier, unflatten_like
 
 OPTIMIZERS = ("adamw", "lamb", "sgd", "lion", "adafactor")
 
@@ -69,14 +69,14 @@ def trainable(params, config: Config):
     Raises:
       InputError: an expression that matches no parameter, or none is left to learn.
     """
-    flat = bridge.flatten(params)
+    flat = flatten(params)
     _check_patterns("freeze", config.freeze, flat)
     learns = {path: not _matches(config.freeze, path) for path in flat}
     if not any(learns.values()):
         raise InputError(
             f"--config.optimizer.freeze={tuple(config.freeze)} leaves no parameter to train"
         )
-    return bridge.unflatten_like(params, learns)
+    return unflatten_like(params, learns)
 
 
 def decayed(params, config: Config):
@@ -89,7 +89,7 @@ def decayed(params, config: Config):
     Raises:
       InputError: an expression that matches no parameter.
     """
-    flat = bridge.flatten(params)
+    flat = flatten(params)
     if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
         _check_patterns("decay_also", config.decay_also, flat)
         _check_patterns("decay_never", config.decay_never, flat)
@@ -99,7 +99,7 @@ def decayed(params, config: Config):
             return False
         return leaf.ndim > 1 or _matches(config.decay_also, path)
 
-    return bridge.unflatten_like(params, {path: decays(path, leaf) for path, leaf in flat.items()})
+    return unflatten_like(params, {path: decays(path, leaf) for path, leaf in flat.items()})
 
 
 def _is_masked(leaf) -> bool:
@@ -151,8 +151,8 @@ def _clipping(config: Config) -> list[optax.GradientTransformation]:
 
 
 def _not_classifier(params):
-    flat = bridge.flatten(params)
-    return bridge.unflatten_like(params, {path: not bridge.is_classifier(path) for path in flat})
+    flat = flatten(params)
+    return unflatten_like(params, {path: not is_classifier(path) for path in flat})
 
 
 class _AdamState(NamedTuple):
@@ -198,10 +198,10 @@ def _scale_by_depth(decay: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        ids = layer_ids(bridge.flatten(updates))
+        ids = layer_ids(flatten(updates))
         last = max(ids.values())
         scales = {path: decay ** (last - number) for path, number in ids.items()}
-        scales = bridge.unflatten_like(updates, scales)
+        scales = unflatten_like(updates, scales)
         return jax.tree.map(lambda update, scale: update * scale, updates, scales), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hybrid_flax.distributed.mesh import batch_sharded, on_mesh, replicated
-from hybrid_flax.distributed.rules import where_used
+from hybrid_flax.distributed.batch import batch_sharded
+from hybrid_flax.distributed.mesh import on_mesh, replicated
+from hybrid_flax.distributed.shardings import unsharded
 from hybrid_flax.training import Config
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
 from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
@@ -30,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Shardings(NamedTuple):
-    """Where the arrays of a training run lie: see `distributed/rules.py`."""
+    """Where the arrays of a training run lie: see `distributed/shardings.py`."""
 
     state: Any  # a sharding, or a tree of them like the state
     gradients: Any  # a tree like the parameters; None: wherever XLA puts them
@@ -62,12 +63,12 @@ def make_train_step(
 ) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
-    `apply` is the model from `bridge.as_training_function`. `batch` has `image` uint8
+    `apply` is the model from `functions.as_training_function`. `batch` has `image` uint8
     [B, H, W, 3] and `label` int32 [B], split over the mesh's data axis, and for token labelling
-    may have `label_map` and `crop`, as `data.loader.TrainTransform` gives them. The metrics are
+    may have `label_map` and `crop`, as `data.transforms.TrainTransform` gives them. The metrics are
     float32 scalars: `loss` (mean over the batch), `grad_norm` (before clipping) and
     `learning_rate`; and `non_finite`, an int32 scalar: -1, or the number, in the order of
-    `bridge.flatten`, of the first parameter whose gradient is not finite.
+    `paths.flatten`, of the first parameter whose gradient is not finite.
 
     From step `mix_until` on nothing is mixed. Batch norms take their statistics over the whole
     micro-batch, on however many devices it is, or over groups of its images
@@ -78,7 +79,7 @@ def make_train_step(
 
     def loss_of(params, batch_stats, images, targets, key):
         if shardings.gradients:
-            params = jax.lax.with_sharding_constraint(params, where_used(shardings.gradients))
+            params = jax.lax.with_sharding_constraint(params, unsharded(shardings.gradients))
         weights = weights_of({"params": params, "batch_stats": batch_stats})
         outputs, batch_stats = apply(weights, images, train=not config.model.eval_mode, key=key)
         return loss_of_outputs(outputs, targets), batch_stats
@@ -230,8 +231,8 @@ def make_eval_step(
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
     """Compiles `step(weights, batch) → sums`.
 
-    `apply` is the model from `bridge.as_function`. `batch` has `image` uint8 [B, H, W, 3], `label`
-    int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
+    `apply` is the model from `functions.as_function`. `batch` has `image` uint8 [B, H, W, 3],
+    `label` int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
     counted images are `top1`, `top5`, `loss` and `images`. The weights may lie as they like;
     `shardings` say where trained ones do, and are needed where those are split.
     """
@@ -239,7 +240,7 @@ def make_eval_step(
     @on_mesh(mesh)
     def eval_step(weights, batch):
         if shardings:
-            weights = jax.lax.with_sharding_constraint(weights, where_used(shardings))
+            weights = jax.lax.with_sharding_constraint(weights, unsharded(shardings))
         images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
         logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hybrid_flax.data.augment import Operation, apply_operations
+from hybrid_flax.data.augmentation.operations import Operation, apply_operations
 from hybrid_flax.data.label_maps import LabelMaps, label_map_file, move
 
 

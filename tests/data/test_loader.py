@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybrid_flax.data.augmentation.policies import parse_policy
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.loader import (
-    EvalTransform,
-    TrainTransform,
-    batches_per_epoch,
-    eval_batches,
-    train_batches,
-)
-from hybrid_flax.data.policies import parse_policy
-from hybrid_flax.data.repeated import Repeated
+from hybrid_flax.data.loader import eval_batches, train_batches
+from hybrid_flax.data.order import Repeated, batches_per_epoch
 from hybrid_flax.data.sources import open_source
+from hybrid_flax.data.transforms import EvalTransform, TrainTransform
 from tests.data.test_sources import write_images
 
 

@@ -2,14 +2,14 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_flax.distributed.mesh import (
+from hybrid_flax.distributed.batch import (
     batch_parts,
     check_batch_size,
     local_rows,
-    make_mesh,
     round_up,
     to_devices,
 )
+from hybrid_flax.distributed.mesh import make_mesh
 
 
 def shape(**sizes):

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from hybrid_flax.checkpoints import Checkpoints
 from hybrid_flax.distributed import processes
-from hybrid_flax.training.metrics import read_metrics
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.metrics import read_metrics
 
 
 def free_port():
@@ -207,7 +207,7 @@ def test_only_the_first_reads_checkpoints(undisturbed, environment, tmp_path):
     what = f"""
 from hybrid_flax import bridge, evaluate
 from hybrid_flax.distributed.mesh import make_mesh
-from hybrid_flax.init_from import initial_weights
+from hybrid_flax.start import initial_weights
 from tests import tiny
 
 folder = {{"0": {str(workdir)!r}, "1": "nowhere"}}[process]

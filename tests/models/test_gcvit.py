@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.models import gcvit
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten
 from tests import reference
 
 TINY = {"num_classes": 7, "image_size": 64, "dim": 32, "depths": (1, 2, 2, 1), "drop_path": 0.5}
@@ -24,7 +26,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def run(tiny):
     """The tiny model, compiled: run(images, …)."""
-    apply = jax.jit(bridge.as_function(tiny), static_argnames=("method", "train"))
+    apply = jax.jit(as_function(tiny), static_argnames=("method", "train"))
     return functools.partial(apply, bridge.get_weights(tiny))
 
 
@@ -38,7 +40,7 @@ def images(batch=2, height=64, width=64, seed=0):
 def test_shapes(name, size, dim):
     model = bridge.abstract(lambda: hybrid_flax.create_model(name))
     batch = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
-    apply = bridge.as_function(model)
+    apply = as_function(model)
     maps = jax.eval_shape(
         lambda p, x: apply(p, x, method="intermediates"), bridge.get_weights(model), batch
     )
@@ -107,7 +109,7 @@ def test_blocks_alternate_between_local_and_global(tiny):
 
 def test_bfloat16_computes_close_to_float32_and_returns_float32(tiny, run):
     half = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_s", **TINY, dtype=jnp.bfloat16))
-    apply = bridge.as_function(half)
+    apply = as_function(half)
     with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm mixes dtypes on purpose
         maps = jax.jit(lambda p, x: apply(p, x, method="intermediates"))(
             bridge.get_weights(tiny), images()
@@ -128,7 +130,7 @@ def test_initial_values():
         shallow = TINY | {"depths": (1, 1, 1, 1)}
         return bridge.get_weights(hybrid_flax.create_model("gcvit_s", **shallow, rngs=nnx.Rngs(1)))
 
-    flat = {path: np.asarray(leaf) for path, leaf in bridge.flatten(jax.jit(init)()).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(init)()).items()}
     assert np.std(flat["params/stages/3/blocks/0/mlp/fc1/kernel"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(flat["params/stages/2/blocks/0/attn/position_bias"]) == pytest.approx(
         0.02, rel=0.2
@@ -142,4 +144,4 @@ def test_initial_values():
 
 def test_variants_without_layer_scale_have_no_gamma():
     model = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_t"))
-    assert not [path for path in bridge.flatten(bridge.get_weights(model)) if "gamma" in path]
+    assert not [path for path in flatten(bridge.get_weights(model)) if "gamma" in path]

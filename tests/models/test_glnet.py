@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.models import glnet
 from hybrid_flax.training.losses import token_labelling
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten
 from tests import reference
 
 TINY = {"num_classes": 7, "image_size": 64, "dim": 32, "depths": (1, 1, 2, 1), "drop_path": 0.5}
@@ -27,7 +29,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def run(tiny):
     """The tiny model, compiled: run(images, …) → (output, batch statistics)."""
-    apply = jax.jit(bridge.as_training_function(tiny), static_argnames=("method", "train"))
+    apply = jax.jit(as_training_function(tiny), static_argnames=("method", "train"))
     return functools.partial(apply, bridge.get_weights(tiny))
 
 
@@ -46,7 +48,7 @@ def normal(seed, shape):
 
 def paths(name, **overrides):
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, **overrides))
-    return bridge.flatten(bridge.get_weights(model))
+    return flatten(bridge.get_weights(model))
 
 
 # ------------------------------------------------------------------------------------- variants
@@ -152,7 +154,7 @@ def test_images_do_not_see_each_other_in_evaluation(run):
 def test_bfloat16_computes_close_to_float32_and_returns_float32(tiny, run):
     arguments = TINY | {"layer_scale": 1e-4, "dtype": jnp.bfloat16}
     half = bridge.abstract(lambda: hybrid_flax.create_model("glnet_4g_tklb", **arguments))
-    apply = bridge.as_function(half)
+    apply = as_function(half)
     with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm mixes dtypes on purpose
         maps = jax.jit(lambda p, x: apply(p, x, method="intermediates"))(
             bridge.get_weights(tiny), images()
@@ -175,8 +177,8 @@ def test_training_drops_paths_by_key_and_moves_statistics(tiny, run):
     np.testing.assert_array_equal(first["logits"], again["logits"])
     other, _ = run(batch, train=True, key=jax.random.key(1))
     assert np.linalg.norm(first["logits"] - other["logits"]) > 0.1
-    before = bridge.flatten(bridge.get_weights(tiny)["batch_stats"])
-    after = bridge.flatten(statistics)
+    before = flatten(bridge.get_weights(tiny)["batch_stats"])
+    after = flatten(statistics)
     assert len(after) == 3 * (2 + 3 + 1)  # stem, transitions, final norm
     assert all(np.any(after[path] != before[path]) for path in before)
 
@@ -198,7 +200,7 @@ def test_token_labelled_training_gives_every_token_back_to_its_image():
     outputs = []
     for box in ((0, 0, 0, 0), (0, 2, 0, 2), (0, 1, 0, 2)):
         with mock.patch.object(glnet, "mix_token_box", return_value=box):
-            run = jax.jit(bridge.as_function(model), static_argnames="train")
+            run = jax.jit(as_function(model), static_argnames="train")
             weights, batch = bridge.get_weights(model), images(4)
             outputs.append(run(weights, batch, train=True, key=jax.random.key(0)))
     clean, swapped, half = outputs
@@ -258,7 +260,7 @@ def mix(x, entered):
     variant = hybrid_flax.model_variant("glnet_4g")
     module = glnet.GLMix(32, variant, dtype=jnp.float32, rngs=nnx.Rngs(0))
     module.slot_scale[...] = jnp.asarray(8.0)
-    return jax.jit(bridge.as_function(module))(bridge.get_weights(module), x, entered)
+    return jax.jit(as_function(module))(bridge.get_weights(module), x, entered)
 
 
 def test_cosine_similarity_and_its_gradient_at_zero():
@@ -313,7 +315,7 @@ def test_initial_values():
         model = hybrid_flax.create_model("glnet_4g_tklb", **small, rngs=rngs)
         return bridge.get_weights(model)
 
-    flat = {path: np.asarray(leaf) for path, leaf in bridge.flatten(jax.jit(init)()).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(init)()).items()}
     block, last = "params/stages/0/blocks/0", "params/stages/3/blocks/0"
     assert flat[f"{block}/mixer/slot_scale"] == pytest.approx(32**-0.5)
     assert (flat[f"{block}/mixer/map_gamma"] == np.float32(1e-4)).all()

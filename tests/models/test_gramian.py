@@ -10,13 +10,15 @@ from flax import nnx
 import convert
 import hybrid_flax
 from convert.state_dict import classifier_width
-from hybrid_flax import bridge
 from hybrid_flax.layers.convolutions import pytorch_init
 from hybrid_flax.models.gramian import cswin
 from hybrid_flax.models.gramian.aggregation import SqueezeExcite, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import gramian_vector, shuffle_channels
 from hybrid_flax.models.registry import model_variant
 from hybrid_flax.training.losses import gramian as gramian_loss
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten
 from tests import reference
 
 # One of each kind, for images of 64×64 pixels: {name: overrides}.
@@ -49,7 +51,7 @@ def abstract(name, **arguments):
 def shapes(name, height, width):
     """Of all maps of the full-size model."""
     model = abstract(name)
-    apply = bridge.as_function(model)
+    apply = as_function(model)
     return jax.eval_shape(
         lambda weights, images: apply(weights, images, method="intermediates"),
         bridge.get_weights(model),
@@ -65,7 +67,7 @@ def tiny(name):
 @functools.cache
 def training(name):
     """run(images, key) → (head logits, batch statistics), compiled."""
-    apply = bridge.as_training_function(tiny(name))
+    apply = as_training_function(tiny(name))
     weights = bridge.get_weights(tiny(name))
     run = jax.jit(lambda weights, images, key: apply(weights, images, train=True, key=key))
     return functools.partial(run, weights)
@@ -73,7 +75,7 @@ def training(name):
 
 @functools.cache
 def evaluated(name):
-    apply = bridge.as_function(tiny(name))
+    apply = as_function(tiny(name))
     run = jax.jit(lambda weights, images: apply(weights, images, method="intermediates"))
     return run(bridge.get_weights(tiny(name)), images())
 
@@ -104,8 +106,8 @@ def test_training_gives_each_head_and_new_statistics(name):
     assert logits.shape == (2, 2, 7)
     np.testing.assert_array_equal(logits, run(batch, jax.random.key(0))[0])
     assert np.abs(np.asarray(logits - run(batch, jax.random.key(1))[0])).max() > 0
-    before = bridge.flatten(bridge.get_weights(tiny(name))["batch_stats"])
-    after = bridge.flatten(statistics)
+    before = flatten(bridge.get_weights(tiny(name))["batch_stats"])
+    after = flatten(statistics)
     assert after.keys() == before.keys()
     assert not np.array_equal(
         after["heads/1/embedding_norm/mean"], before["heads/1/embedding_norm/mean"]
@@ -114,7 +116,7 @@ def test_training_gives_each_head_and_new_statistics(name):
 
 
 def test_every_parameter_of_a_head_is_trained():
-    apply = bridge.as_training_function(tiny("ga_vit_s"))
+    apply = as_training_function(tiny("ga_vit_s"))
     weights = bridge.get_weights(tiny("ga_vit_s"))
 
     def loss(params):
@@ -122,7 +124,7 @@ def test_every_parameter_of_a_head_is_trained():
         logits, _ = apply(changed, images(4), train=True, key=jax.random.key(0))
         return gramian_loss(logits, jnp.full((4, 7), 1 / 7), -0.8)
 
-    gradients = bridge.flatten(jax.jit(jax.grad(loss))(weights["params"]))
+    gradients = flatten(jax.jit(jax.grad(loss))(weights["params"]))
     norms = {path: np.linalg.norm(np.ravel(grad)) for path, grad in gradients.items()}
     # A bias just before a batch norm is taken away again, exactly but for rounding.
     cancelled = ("/contraction/bias", "/embedding/bias")
@@ -133,7 +135,7 @@ def test_every_parameter_of_a_head_is_trained():
 
 @pytest.mark.parametrize("name", ["ga_convnext_t", "ga_cswin_t"])
 def test_bfloat16_computes_close_to_float32_and_returns_float32(name):
-    apply = bridge.as_function(abstract(name, **TINY[name], dtype=jnp.bfloat16))
+    apply = as_function(abstract(name, **TINY[name], dtype=jnp.bfloat16))
     with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm mixes dtypes on purpose
         maps = jax.jit(lambda weights, x: apply(weights, x, method="intermediates"))(
             bridge.get_weights(tiny(name)), images()

@@ -8,9 +8,12 @@ from flax import nnx
 
 import hybrid_flax
 from convert.l2vit import select_classes
-from hybrid_flax import bridge, layers
-from hybrid_flax.class_map import read_class_map
+from hybrid_flax import layers
 from hybrid_flax.models import l2vit
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.class_map import read_class_map
+from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten, unflatten
 from tests import reference
 
 TINY = {"num_classes": 7, "image_size": 64, "dim": 32, "depths": (2, 1, 2, 1), "drop_path": 0.5}
@@ -27,7 +30,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def run(tiny):
     """The tiny model, compiled: run(images, …) → (output, batch statistics)."""
-    apply = jax.jit(bridge.as_training_function(tiny), static_argnames=("method", "train"))
+    apply = jax.jit(as_training_function(tiny), static_argnames=("method", "train"))
     return functools.partial(apply, bridge.get_weights(tiny))
 
 
@@ -113,13 +116,13 @@ def test_training_drops_paths_by_key_and_moves_statistics(tiny, run):
     other, _ = run(batch, train=True, key=jax.random.key(1))
     assert np.linalg.norm(first - other) > 0.1 * np.linalg.norm(first)
 
-    before = bridge.flatten(bridge.get_weights(tiny)["batch_stats"])
-    after = bridge.flatten(statistics)
+    before = flatten(bridge.get_weights(tiny)["batch_stats"])
+    after = flatten(statistics)
     assert len(after) == 3 * (2 + 2)  # two norms in the stem, one in each linear block
     assert all(np.any(after[path] != before[path]) for path in before)
     evaluated, statistics = run(batch)
     np.testing.assert_array_equal(evaluated, run(batch, key=jax.random.key(0))[0])
-    for path, leaf in bridge.flatten(statistics).items():
+    for path, leaf in flatten(statistics).items():
         np.testing.assert_array_equal(leaf, before[path])
 
 
@@ -131,7 +134,7 @@ def test_drop_path_rates_rise_linearly_over_all_blocks(tiny):
 def test_drop_path_spares_the_position_convolutions():
     block = l2vit.WindowBlock(32, 7, 1 - 1e-7, "auto", dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = normal(0, (1, 7, 7, 32))
-    run = jax.jit(bridge.as_function(block), static_argnames="train")
+    run = jax.jit(as_function(block), static_argnames="train")
     got = run(bridge.get_weights(block), x, train=True, key=jax.random.key(0))
     y = x + block.position1(x)
     np.testing.assert_allclose(got, y + block.position2(y), atol=1e-6)
@@ -139,7 +142,7 @@ def test_drop_path_spares_the_position_convolutions():
 
 def test_bfloat16_computes_close_to_float32_and_returns_float32(tiny, run):
     half = bridge.abstract(lambda: hybrid_flax.create_model("l2vit_t", **TINY, dtype=jnp.bfloat16))
-    apply = bridge.as_function(half)
+    apply = as_function(half)
     with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm mixes dtypes on purpose
         maps = jax.jit(lambda p, x: apply(p, x, method="intermediates"))(
             bridge.get_weights(tiny), images()
@@ -213,17 +216,15 @@ def test_concentration_activates_before_its_batch_norm():
 def test_the_detection_trunk_normalises_every_stage_and_has_no_classifier(tiny):
     trunk = reference.model("l2vit_b_384", **SHALLOW, detection=True)
     assert {stage.blocks[0].attn.window for stage in trunk.stages} == {7}
-    flat = bridge.flatten(bridge.get_weights(trunk))
+    flat = flatten(bridge.get_weights(trunk))
     assert not [path for path in flat if path.startswith(("params/head", "params/norm/"))]
     with pytest.raises(ValueError, match="built with detection=True and has no classifier"):
         trunk(images())
 
-    weights = bridge.flatten(bridge.get_weights(tiny))
+    weights = flatten(bridge.get_weights(tiny))
     fresh = {p: jnp.full_like(leaf, p.endswith("scale")) for p, leaf in flat.items()}
-    bridge.set_weights(
-        trunk, bridge.unflatten(fresh | {p: weights[p] for p in flat if p in weights})
-    )
-    apply = jax.jit(bridge.as_function(trunk), static_argnames="method")
+    bridge.set_weights(trunk, unflatten(fresh | {p: weights[p] for p in flat if p in weights}))
+    apply = jax.jit(as_function(trunk), static_argnames="method")
     for i, x in enumerate(apply(bridge.get_weights(trunk), images(1), method="features")):
         assert x.shape == (1, 16 >> i, 16 >> i, 32 << i)
         np.testing.assert_allclose(x.mean(-1), 0, atol=1e-4)
@@ -239,7 +240,7 @@ def test_initial_values():
         first = TINY | {"depths": (2, 1, 1, 1)}
         return bridge.get_weights(hybrid_flax.create_model("l2vit_t", **first, rngs=rngs))
 
-    flat = {path: np.asarray(leaf) for path, leaf in bridge.flatten(jax.jit(init)()).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(init)()).items()}
     temperature = flat["params/stages/0/blocks/1/attn/temperature"]
     np.testing.assert_allclose(temperature, np.full((1, 1, 1), 32**-0.5), rtol=1e-6)
     for name in ("local/depthwise2", "mlp/fc1", "attn/qkv"):

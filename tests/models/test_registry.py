@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import hybrid_flax
-from hybrid_flax import bridge
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, is_classifier, unflatten, unflatten_like
 
 # One of each kind, the smallest.
 SMALLEST = [
@@ -51,7 +53,7 @@ def test_every_model_says_where_it_comes_from(name):
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_same_interface_everywhere(name):
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, num_classes=5))
-    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    apply, weights = as_function(model), bridge.get_weights(model)
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
     maps = jax.eval_shape(lambda w, x: apply(w, x, method="intermediates"), weights, images)
     assert (maps["logits"].shape, maps["logits"].dtype) == ((2, 5), jnp.float32)
@@ -86,27 +88,27 @@ def test_bridge_gives_plain_dictionaries_and_takes_them_back():
     model = bridge.abstract(build)
     weights = bridge.get_weights(model)
     assert type(weights["params"]["stages"]["0"]) is dict
-    flat = bridge.flatten(weights)
+    flat = flatten(weights)
     assert {path.split("/")[0] for path in flat} == {"params", "batch_stats"}
-    assert bridge.flatten(bridge.unflatten(flat)).keys() == flat.keys()
+    assert flatten(unflatten(flat)).keys() == flat.keys()
     copy = bridge.abstract(build)
     filled = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
-    bridge.set_weights(copy, bridge.unflatten_like(weights, filled))
-    for path, leaf in bridge.flatten(bridge.get_weights(copy)).items():
+    bridge.set_weights(copy, unflatten_like(weights, filled))
+    for path, leaf in flatten(bridge.get_weights(copy)).items():
         assert leaf is filled[path]
 
 
 def test_classifiers_are_known_by_their_name():
-    assert bridge.is_classifier("params/head/bias")
-    assert bridge.is_classifier("ema/params/heads/2/classifier/kernel")
-    assert not bridge.is_classifier("params/stages/0/blocks/0/mlp/fc1/kernel")
+    assert is_classifier("params/head/bias")
+    assert is_classifier("ema/params/heads/2/classifier/kernel")
+    assert not is_classifier("params/stages/0/blocks/0/mlp/fc1/kernel")
 
 
 @pytest.mark.parametrize("name", ["gcvit_xxt", "l2vit_t", "glnet_stl", "unified_pvt_micro"])
 def test_every_place_of_the_last_map_has_logits(name):
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, num_classes=7))
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
-    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    apply, weights = as_function(model), bridge.get_weights(model)
     dense = jax.eval_shape(functools.partial(apply, method="dense_logits"), weights, images)
     assert (dense.shape, dense.dtype) == ((2, 7, 7, 7), jnp.float32)
 
@@ -115,6 +117,6 @@ def test_every_place_of_the_last_map_has_logits(name):
 def test_a_trunk_has_no_logits_of_places(name):
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, detection=True))
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    apply, weights = bridge.as_function(model), bridge.get_weights(model)
+    apply, weights = as_function(model), bridge.get_weights(model)
     with pytest.raises(ValueError, match="built with detection=True and has no classifier"):
         jax.eval_shape(functools.partial(apply, method="dense_logits"), weights, images)

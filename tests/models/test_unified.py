@@ -9,11 +9,13 @@ from flax import nnx
 
 import convert
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.layers import resize_position_map
 from hybrid_flax.models import unified
 from hybrid_flax.models.unified.mixer import Mixer, Place
 from hybrid_flax.models.unified.model import Block, Stem
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten
 from tests import reference
 from tests.parity import GOLDEN, golden_state
 
@@ -33,7 +35,7 @@ def abstract(family, **overrides):
 
 def traced(model, height, width, method="intermediates"):
     """Shapes and dtypes of what the model would give for one image of this size."""
-    apply = bridge.as_function(model)
+    apply = as_function(model)
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     return jax.eval_shape(
         lambda weights, x: apply(weights, x, method=method), bridge.get_weights(model), image
@@ -164,7 +166,7 @@ def test_detection_trunk(mixer):
     assert set(maps) == {"stem", *stages}
     assert shapes(model, 96, 160, "features") == [maps[f"out{i}"] for i in range(1, 5)]
     assert maps["out4"] == (1, 3, 5, 256)
-    paths = bridge.flatten(bridge.get_weights(model))
+    paths = flatten(bridge.get_weights(model))
     assert not [path for path in paths if "head" in path]
     with pytest.raises(ValueError, match="built with detection=True and has no classifier"):
         model(images())
@@ -253,7 +255,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def run(tiny):
     """The tiny model, compiled: run(images, …) → (output, batch statistics)."""
-    apply = jax.jit(bridge.as_training_function(tiny), static_argnames=("method", "train"))
+    apply = jax.jit(as_training_function(tiny), static_argnames=("method", "train"))
     return functools.partial(apply, bridge.get_weights(tiny))
 
 
@@ -265,8 +267,8 @@ def test_training_drops_paths_by_key_and_moves_the_statistics(tiny, run):
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
-    before = bridge.flatten(bridge.get_weights(tiny)["batch_stats"])
-    after = bridge.flatten(stats)
+    before = flatten(bridge.get_weights(tiny)["batch_stats"])
+    after = flatten(stats)
     assert int(after["conv_head/norm/count"]) == 1
     moved = np.abs(after["conv_head/norm/mean"] - before["conv_head/norm/mean"])
     assert moved.max() > 0.001
@@ -352,7 +354,7 @@ def test_swin_shifts_every_other_block_but_not_in_a_single_window():
 
 
 def test_pvt_has_a_position_map_for_each_stage_in_its_first_block():
-    flat = bridge.flatten(bridge.get_weights(abstract("pvt", image_size=64)))
+    flat = flatten(bridge.get_weights(abstract("pvt", image_size=64)))
     maps = {path: leaf.shape for path, leaf in flat.items() if path.endswith("position_map")}
     assert maps == {
         f"params/stages/{i}/blocks/0/mixer/position_map": (16 >> i, 16 >> i, dim)

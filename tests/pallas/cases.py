@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hybrid_flax
-from hybrid_flax import bridge
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
 from pallas import deformable_conv, window_attention
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import Kernels, recorded
@@ -76,7 +77,7 @@ def model_geometries(pattern: str, size: tuple[int, int] = (224, 224)) -> dict:
             model = bridge.abstract(lambda name=name: hybrid_flax.create_model(name))
             images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
             with recorded() as calls:
-                jax.eval_shape(bridge.as_function(model), bridge.get_weights(model), images)
+                jax.eval_shape(as_function(model), bridge.get_weights(model), images)
             found |= dict(calls)
     return found
 

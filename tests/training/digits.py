@@ -6,14 +6,17 @@ import importlib
 import jax
 from flax import nnx
 
-from hybrid_flax import bridge
 from hybrid_flax.config import build_model, check, resolve_classes
-from hybrid_flax.data.loader import TrainTransform, train_batches
+from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import open_source
-from hybrid_flax.distributed.mesh import make_mesh, replicated, to_devices
+from hybrid_flax.data.transforms import TrainTransform
+from hybrid_flax.distributed.batch import to_devices
+from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import make_train_step, new_state
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_training_function
 
 HEADS = {"gram_dim": 16, "heads": 2, "depths": (1, 1, 2, 1), "taps": 1}
 
@@ -41,7 +44,7 @@ def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1)
     optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(bridge.as_training_function(model), optimizer, schedule, config, mesh)
+    step = make_train_step(as_training_function(model), optimizer, schedule, config, mesh)
     # A copy: the step consumes its state.
     state = jax.device_put(_first_state(name), replicated(mesh), may_alias=False)
     batches = train_batches(

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_flax.distributed.mesh import batch_sharded, make_mesh, to_devices
+from hybrid_flax.distributed.batch import batch_sharded, to_devices
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.training.batch_augmentation import (
     cheap_normal,
     mix,

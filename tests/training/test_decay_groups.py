@@ -9,8 +9,8 @@ import pytest
 
 import convert
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.training.optimizers import decayed
+from hybrid_flax.weights import bridge
 
 # The rules of the released programs, on names and shapes of the released checkpoints:
 # timm's (GC ViT, token labelling, Gramian models) leaves out ranks 0 and 1, the others rank 1;

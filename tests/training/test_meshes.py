@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_flax import bridge
+from hybrid_flax.build import training_program
 from hybrid_flax.config import build_model
-from hybrid_flax.distributed.mesh import make_mesh, to_devices
-from hybrid_flax.distributed.transfer import place
-from hybrid_flax.program import training_program
+from hybrid_flax.distributed.batch import to_devices
+from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.distributed.transfer import put
 from hybrid_flax.training.step import make_eval_step, weights_of
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
 def config(**overrides):
@@ -56,7 +59,7 @@ def run(count=8, **overrides):
     settings = config(**overrides)
     mesh = make_mesh(jax.devices()[:count], **settings.mesh)
     program = training_program(settings, mesh, 10)
-    state = place(jax.jit(program.begin)(weights()), program.shardings)
+    state = put(jax.jit(program.begin)(weights()), program.shardings)
     metrics = []
     for seed in range(2):
         state, found = program.train_step(state, to_devices(batch(seed), mesh))
@@ -69,7 +72,7 @@ def evaluated(state, count=8, **overrides):
     settings = config(**overrides)
     mesh = make_mesh(jax.devices()[:count], **settings.mesh)
     program = training_program(settings, mesh, 10)
-    apply, shardings = bridge.as_function(program.model), weights_of(program.shardings)
+    apply, shardings = as_function(program.model), weights_of(program.shardings)
     step = make_eval_step(apply, settings, mesh, shardings)
     images = to_devices(batch(9) | {"mask": np.ones(16, np.float32)}, mesh)
     return jax.device_get([step(weights, images) for weights in (weights_of(state), state["ema"])])
@@ -78,7 +81,7 @@ def evaluated(state, count=8, **overrides):
 @functools.cache
 def one_device(accumulation_steps):
     metrics, state = run(1, accumulation_steps=accumulation_steps)
-    return metrics, jax.device_get(bridge.flatten(state))
+    return metrics, jax.device_get(flatten(state))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_every_mesh_learns_the_same(overrides, kernel):
     want, state_wanted = one_device(overrides.get("accumulation_steps", 1))
     got, state = run(**overrides)
     np.testing.assert_allclose(got, want, rtol=2e-5)
-    flat = bridge.flatten(state)
+    flat = flatten(state)
     for path, array in state_wanted.items():
         scale = np.abs(array).max() + 1e-3
         np.testing.assert_allclose(
@@ -105,7 +108,7 @@ def test_every_mesh_learns_the_same(overrides, kernel):
     fc1 = "stages/1/blocks/0/mlp/fc1/kernel"
     assert flat[f"params/{fc1}"].addressable_shards[0].data.shape == kernel
     if overrides.keys() & {"sharding__optimizer_over_data", "mesh__tensor"}:
-        want = evaluated(bridge.unflatten_like(state, state_wanted), 1)
+        want = evaluated(unflatten_like(state, state_wanted), 1)
         for got, sums in zip(evaluated(state, **overrides), want, strict=True):
             assert got["loss"] == pytest.approx(sums["loss"], rel=1e-3)
             assert got["images"] == sums["images"] == 16

@@ -6,15 +6,16 @@ import torch
 
 import hybrid_flax
 from configs import recipes
-from hybrid_flax import bridge
 from hybrid_flax.training.layer_decay import layer_ids
 from hybrid_flax.training.optimizers import decayed, make_optimizer, trainable
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.paths import flatten
 
 
 def test_decay_follows_the_rank():
     model = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_s"))
     config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
-    flags = bridge.flatten(decayed(bridge.get_weights(model)["params"], config))
+    flags = flatten(decayed(bridge.get_weights(model)["params"], config))
     assert flags["stages/0/blocks/0/attn/position_bias"]  # rank 2: decayed, as the authors did
     assert flags["stem/conv/kernel"]
     for path in ("stem/conv/bias", "norm/scale", "stages/1/blocks/0/gamma1", "head/bias"):
@@ -25,7 +26,7 @@ def test_decay_has_exceptions_by_path():
     params = {"a": {"gamma": jnp.ones(3)}, "b": {"table": jnp.ones((2, 2))}, "c": jnp.ones((2, 2))}
     config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
     config.decay_also, config.decay_never = (r"/gamma$",), (r"^b/",)
-    assert bridge.flatten(decayed(params, config)) == {"a/gamma": True, "b/table": False, "c": True}
+    assert flatten(decayed(params, config)) == {"a/gamma": True, "b/table": False, "c": True}
     config.decay_never = ("gama",)
     with pytest.raises(ValueError, match=r"optimizer\.decay_never: 'gama' matches no parameter"):
         decayed(params, config)
@@ -51,7 +52,7 @@ def test_clipping_decay_and_step_size_of_adamw():
     # The first Adam step has the size of the learning rate; decay adds 0.1 · 0.05 · 10.
     np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["kernel"], -0.1 - 0.05, rtol=1e-5)
-    moments = bridge.flatten(state)
+    moments = flatten(state)
     (path,) = [path for path in moments if path.endswith("mu/bias")]
     clipped = 1e3 * 5 / np.sqrt(6 * 1e6)  # to a global norm of 5
     np.testing.assert_allclose(moments[path], 0.1 * clipped, rtol=1e-5)
@@ -83,19 +84,19 @@ def ours(config, steps=5, rate=0.1):
     for step in range(steps):
         updates, state = optimizer.update(numbers(1 + step), state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    return bridge.flatten(params), state
+    return flatten(params), state
 
 
 def theirs(make, config, steps=5, rate=0.1, clip=lambda parameters: None):
     """The same by an optimizer of PyTorch; arrays of rank 2 decay. `clip` changes gradients."""
-    params = {path: torch.tensor(leaf) for path, leaf in bridge.flatten(numbers(0)).items()}
+    params = {path: torch.tensor(leaf) for path, leaf in flatten(numbers(0)).items()}
     groups = [
         {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = make(groups, lr=rate)
     for step in range(steps):
-        for path, gradient in bridge.flatten(numbers(1 + step)).items():
+        for path, gradient in flatten(numbers(1 + step)).items():
             params[path].grad = torch.tensor(gradient)
         clip(params)
         optimizer.step()
@@ -128,7 +129,7 @@ def test_sgd_is_that_of_pytorch(nesterov):
 
 def test_lion_goes_by_signs():
     config = config_of(name="lion", b2=0.99, weight_decay=0.5)
-    (first, second), start = (bridge.flatten(numbers(seed)) for seed in (1, 2)), numbers(0)
+    (first, second), start = (flatten(numbers(seed)) for seed in (1, 2)), numbers(0)
     got, _ = ours(config, steps=2)
     bias = start["block"]["bias"] - 0.1 * np.sign(first["block/bias"])
     momentum = 0.01 * first["block/bias"]
@@ -174,8 +175,8 @@ def test_every_kind_of_clipping():
 def test_adaptive_clipping_goes_by_units_and_skips_the_head():
     config = config_of(name="sgd", momentum=0.0, weight_decay=0.0, clip_adaptive=0.01)
     got, _ = ours(config, steps=1, rate=1.0)
-    for path, start in bridge.flatten(numbers(0)).items():
-        gradient = bridge.flatten(numbers(1))[path]
+    for path, start in flatten(numbers(0)).items():
+        gradient = flatten(numbers(1))[path]
         if path.startswith("block"):  # arXiv:2102.06171, equation 3: an output's weights together
             bound = 0.01 * np.maximum(np.linalg.norm(start, axis=0), 1e-3)
             gradient = gradient * np.minimum(1, bound / np.linalg.norm(gradient, axis=0))
@@ -195,7 +196,7 @@ def test_what_is_frozen_neither_moves_nor_decays_nor_costs_memory():
     alone = make_optimizer(config_of(clip_norm=0.5), lambda step: 0.1)
     head = {"head": params["head"]}
     want, _ = alone.update({"head": grads["head"]}, alone.init(head), head)
-    assert_same(bridge.flatten(updates["head"]), bridge.flatten(want["head"]))
+    assert_same(flatten(updates["head"]), flatten(want["head"]))
 
 
 def test_unusable_freezing_is_refused():
@@ -215,7 +216,7 @@ def test_the_rate_falls_with_the_distance_from_the_head():
     }
     optimizer = make_optimizer(config, lambda step: 0.1)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    flat = bridge.flatten(updates)
+    flat = flatten(updates)
     head = flat["head/kernel"]  # decay included: it belongs to the rate
     np.testing.assert_allclose(flat["stages/0/blocks/1/kernel"], head / 2, rtol=1e-6)
     np.testing.assert_allclose(flat["stages/0/blocks/0/kernel"], head / 4, rtol=1e-6)
@@ -240,7 +241,7 @@ LAYERS = {
 def test_every_parameter_has_its_layer(name):
     blocks, places = LAYERS[name]
     model = bridge.abstract(lambda: hybrid_flax.create_model(name))
-    ids = layer_ids(bridge.flatten(bridge.get_weights(model)["params"]))
+    ids = layer_ids(flatten(bridge.get_weights(model)["params"]))
     assert set(ids.values()) == set(range(blocks + 2))
     for start, layer in places.items():
         assert {number for path, number in ids.items() if path.startswith(start)} == {layer}

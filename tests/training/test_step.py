@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from hybrid_flax import bridge
-from hybrid_flax.distributed.mesh import check_batch_size, make_mesh, replicated, to_devices
-from hybrid_flax.program import CompiledOnce
+from hybrid_flax.build import CompiledOnce
+from hybrid_flax.distributed.batch import check_batch_size, to_devices
+from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import (
@@ -18,6 +18,9 @@ from hybrid_flax.training.step import (
     new_state,
     weights_of,
 )
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten
 from tests import reference
 
 VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
@@ -54,7 +57,7 @@ def build(config, mesh):
     """(train step, fresh state on the mesh)"""
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(bridge.as_training_function(model()), optimizer, schedule, config, mesh)
+    step = make_train_step(as_training_function(model()), optimizer, schedule, config, mesh)
     params = jax.tree.map(jnp.copy, bridge.get_weights(model()))
     state = jax.device_put(new_state(params, optimizer, config.ema_decay), replicated(mesh))
     return step, state
@@ -85,15 +88,15 @@ def test_eight_devices_get_the_loss_of_one(one_device):
 def test_the_same_run_twice_gives_the_same_bits(one_device):
     metrics, state = run(tiny_config(), make_mesh(jax.devices()[:1]), 3)
     assert metrics == one_device[0]
-    for path, leaf in bridge.flatten(state).items():
-        np.testing.assert_array_equal(leaf, bridge.flatten(one_device[1])[path], err_msg=path)
+    for path, leaf in flatten(state).items():
+        np.testing.assert_array_equal(leaf, flatten(one_device[1])[path], err_msg=path)
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
     config = tiny_config()
     config.model.drop_path = 0.0  # dropped paths are drawn per micro-batch
     plain = reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.0, **VARIANT)
-    apply, params = bridge.as_training_function(plain), bridge.get_weights(plain)
+    apply, params = as_training_function(plain), bridge.get_weights(plain)
     results = []
     for count in (1, 2):
         config.accumulation_steps = count
@@ -180,11 +183,11 @@ def test_mixing_ends_at_its_step():
 def test_the_average_follows_the_parameters(one_device):
     config = tiny_config()
     _, state = run(config, make_mesh(jax.devices()[:1]), 1)
-    start = bridge.flatten(bridge.get_weights(model()))
-    for path, average in bridge.flatten(state["ema"]).items():
+    start = flatten(bridge.get_weights(model()))
+    for path, average in flatten(state["ema"]).items():
         want = (
             config.ema_decay * start[path]
-            + (1 - config.ema_decay) * bridge.flatten(weights_of(state))[path]
+            + (1 - config.ema_decay) * flatten(weights_of(state))[path]
         )
         np.testing.assert_allclose(average, want, rtol=1e-6, atol=1e-8)
 
@@ -198,15 +201,13 @@ def test_no_average_without_a_decay():
 
 def test_evaluation_counts_what_the_mask_says():
     config, mesh = tiny_config(), make_mesh(jax.devices())
-    step = make_eval_step(bridge.as_function(model()), config, mesh)
+    step = make_eval_step(as_function(model()), config, mesh)
     images = batch(16)
     mask = (np.arange(16) < 11).astype(np.float32)
     sums = step(bridge.get_weights(model()), to_devices(images | {"mask": mask}, mesh))
     normal = (images["image"] / 255 - np.array(config.dataset.mean)) / np.array(config.dataset.std)
     logits = np.asarray(
-        jax.jit(bridge.as_function(model()))(
-            bridge.get_weights(model()), jnp.asarray(normal, jnp.float32)
-        )
+        jax.jit(as_function(model()))(bridge.get_weights(model()), jnp.asarray(normal, jnp.float32))
     )[:11]
     labels = images["label"][:11]
     ranks = (np.argsort(-logits, axis=1) == labels[:, None]).argmax(axis=1)

@@ -20,11 +20,12 @@ from torch.nn import functional
 
 import convert
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.training import step as step_module
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_training_function
 from tests import reference
 from tests.training.digits import MODELS
 
@@ -235,7 +236,7 @@ def test_ten_steps(name, monkeypatch):
 
     model = reference.model(name, **fields)
     weights = bridge.get_weights(model)
-    apply = recording(bridge.as_training_function(model))
+    apply = recording(as_training_function(model))
     schedule = make_schedule(
         config.schedule, peak_learning_rate(config.optimizer, config.batch_size), PER_EPOCH
     )

@@ -16,10 +16,11 @@ import pytest
 
 import convert
 import hybrid_flax
-from hybrid_flax import bridge
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.training import step as step_module
 from hybrid_flax.training.optimizers import decayed, make_optimizer
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_training_function
 from tests import reference
 from tests.parity import GOLDEN, golden_state
 
@@ -67,7 +68,7 @@ def trained(request) -> Trajectory:
         # The recorded images are random numbers, normalised already.
         patch.setattr(step_module, "normalise", lambda images, mean, std: images)
         step = step_module.make_train_step(
-            bridge.as_training_function(model), optimizer, schedule, config, mesh
+            as_training_function(model), optimizer, schedule, config, mesh
         )
         weights = jax.tree.map(jnp.copy, bridge.get_weights(model))
         state = jax.device_put(

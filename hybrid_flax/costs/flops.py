@@ -1,0 +1,75 @@
+"""Multiply-adds of a program, counted in the program itself."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend import core
+
+from hybrid_flax.weights import bridge
+from hybrid_flax.weights.functions import as_function
+
+# What Pallas traces to; beside each stands its definition, for other platforms.
+_KERNELS = ("pallas_call", "mpmd_map", "core_map")
+
+
+def count_multiply_adds(function: Callable, *arguments) -> int:
+    """Counts the multiply-adds of all matrix products and convolutions in `function(*arguments)`.
+
+    This is what papers call FLOPs of a model. Elementwise work, norms, softmax and pooling are not
+    counted. Where the program chooses between formulations (by platform), the dearest counts: a
+    convolution counts as one, even where it runs as a sum, and attention as its definition, even
+    where a kernel computes it.
+
+    Args:
+      function: any traceable function.
+      *arguments: arrays, or `jax.ShapeDtypeStruct`s: nothing is computed.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def training_flops(model: nnx.Module, image_size: int, batch_size: int) -> int:
+    """Of one training step: three forward passes, two for each multiply-add.
+
+    Args:
+      model: abstract or real.
+    """
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    apply, weights = as_function(model), bridge.get_weights(model)
+    return 6 * batch_size * count_multiply_adds(apply, weights, image)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return equation.outvars[0].aval.size * (kernel.size // outputs)
+    if name in _KERNELS:
+        return 0
+    if name == "while":
+        raise ValueError("the multiply-adds of a loop of unknown length cannot be counted")
+    inner = [_count(sub) for value in params.values() for sub in _jaxprs(value)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * params.get("length", 1)  # of a scan
+
+
+def _jaxprs(value):
+    if isinstance(value, core.ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _jaxprs(item)

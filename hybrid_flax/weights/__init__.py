@@ -1,0 +1,1 @@
+"""Weights between Flax modules, plain dictionaries, checkpoints and releases."""

@@ -1,0 +1,140 @@
+"""Flax modules as pure functions of their weights: plain, rematerialised, recording."""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hybrid_flax.weights.bridge import Weights, string_keys
+
+# What of each block is kept for the backward pass: everything; what comes in; and what the products
+# with its weights give, but not those of attention.
+REMAT = {
+    "none": None,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+_BLOCK = re.compile(r"(^|/)(blocks/\d+|stages/\d+/\d+)$")
+
+
+def as_function(model: nnx.Module) -> Callable[..., Any]:
+    """The model as a pure function: `apply(weights, *args, method="__call__", **kwargs)`."""
+    run = as_training_function(model)
+
+    def apply(weights: Weights, *args, **kwargs):
+        return run(weights, *args, **kwargs)[0]
+
+    return apply
+
+
+def as_training_function(
+    model: nnx.Module, remat: str = "none"
+) -> Callable[..., tuple[Any, Weights]]:
+    """Like `as_function`, but returns (output, batch statistics after the call).
+
+    The second is what `weights["batch_stats"]` should be next: {} for a model without batch norms.
+    `remat` is what the backward pass finds in memory, see `REMAT`; the rest it computes again.
+    """
+    with_weights = _with_weights(model)
+
+    def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
+        module = with_weights(weights)
+        with _rematerialised(module, REMAT[remat]) if REMAT[remat] else contextlib.nullcontext():
+            output = getattr(module, method)(*args, **kwargs)
+        return output, string_keys(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+
+    return apply
+
+
+def as_recording_function(model: nnx.Module) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Like `as_function`, but returns (output, {path: (number, what that submodule gave)}).
+
+    A path names a module: `stages/0/blocks/1/attn`. The numbers count the calls as they ended.
+    Submodules that give no array are left out.
+    """
+    with_weights = _with_weights(model)
+
+    def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
+        module = with_weights(weights)
+        records: dict[str, tuple[int, jax.Array]] = {}
+        with _recording(module, records):
+            output = getattr(module, method)(*args, **kwargs)
+        return output, records
+
+    return apply
+
+
+def _with_weights(model: nnx.Module) -> Callable[[Weights], nnx.Module]:
+    """What makes copies of the model with other weights, also under a trace."""
+    graph, _ = nnx.split(model)
+
+    def merge(weights: Weights) -> nnx.Module:
+        return nnx.merge(graph, *(nnx.restore_int_paths(tree) for tree in weights.values()))
+
+    return merge
+
+
+@contextlib.contextmanager
+def _recording(module: nnx.Module, records: dict[str, tuple[int, jax.Array]]):
+    def recorded(call, path, part, *args, **kwargs):
+        output = call(part, *args, **kwargs)
+        if isinstance(output, jax.Array):
+            records.setdefault(path, (len(records), output))
+        return output
+
+    with _calls_through(module, recorded):
+        yield
+
+
+@contextlib.contextmanager
+def _rematerialised(module: nnx.Module, policy: Callable[..., bool]):
+    def kept(call, path, block, *args, **kwargs):
+        if not _BLOCK.search(path):
+            return call(block, *args, **kwargs)
+        graph, state = nnx.split(block)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        @functools.partial(jax.checkpoint, policy=policy)
+        def run(state, arrays):
+            given = dict(zip(places, arrays, strict=True))
+            args, kwargs = structure.unflatten([given.get(i, x) for i, x in enumerate(leaves)])
+            copy = nnx.merge(graph, state)
+            return call(copy, *args, **kwargs), nnx.state(copy, nnx.BatchStat)
+
+        output, statistics = run(state, [leaves[i] for i in places])
+        nnx.update(block, statistics)
+        return output
+
+    with _calls_through(module, kept):
+        yield
+
+
+@contextlib.contextmanager
+def _calls_through(module: nnx.Module, through: Callable[..., Any]):
+    """Inside it, calls of submodules go through `through(call, path, submodule, *args)`."""
+    paths = {id(part): "/".join(map(str, path)) for path, part in nnx.iter_modules(module)}
+    kinds = {type(part) for _, part in nnx.iter_modules(module) if part is not module}
+    originals = {kind: kind.__dict__["__call__"] for kind in kinds if "__call__" in kind.__dict__}
+
+    def wrapped(call):
+        @functools.wraps(call)
+        def wrapper(self, *args, **kwargs):
+            if id(self) in paths:
+                return through(call, paths[id(self)], self, *args, **kwargs)
+            return call(self, *args, **kwargs)
+
+        return wrapper
+
+    for kind, call in originals.items():
+        kind.__call__ = wrapped(call)
+    try:
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call

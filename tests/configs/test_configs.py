@@ -1,0 +1,178 @@
+"""Each config, expanded: a changed number must show up here."""
+
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+
+import hybrid_flax
+from benchmarks.plans import configs
+from hybrid_flax.config import build_model, check
+from hybrid_flax.errors import InputError
+from hybrid_flax.run.workdir import to_plain
+from hybrid_flax.training.optimizers import decayed
+from hybrid_flax.weights import bridge
+
+CONFIGS = sorted(configs())
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "configs.json"
+
+DOCUMENT = pathlib.Path("docs/recipes.md").read_text()
+SETTINGS = {  # name of the row: the other cells
+    cells[0]: cells[1:]
+    for line in DOCUMENT.splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 8
+}
+
+
+def get_config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def dotted(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        name = prefix + key
+        flat |= dotted(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def flat(name):
+    return json.loads(json.dumps(dotted(to_plain(get_config(name)))))
+
+
+def test_there_is_one_config_for_every_model():
+    more = ["l2vit_b_22k", "l2vit_b_22k_1k"]  # other ways to train one
+    assert sorted({*hybrid_flax.list_models(), *more}) == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_names_its_row_of_the_settings(name):
+    row = re.search(
+        r'^Row "(.*)" of docs/recipes.md', pathlib.Path(f"configs/{name}.py").read_text(), re.M
+    )
+    cells = SETTINGS[row[1]]
+    config = get_config(name)
+    optimizer, schedule = config.optimizer, config.schedule
+
+    def number(text):
+        return float(re.match(r"[\d.e-]+", text)[0]) if text[0].isdigit() else 0.0
+
+    first, peak, last = cells[3].split(" → ")
+    assert (config.batch_size, config.epochs) == (int(cells[0]), int(cells[1]))
+    assert (schedule.warmup_epochs, schedule.each_epoch) == (number(cells[2]), "epoch" in cells[2])
+    assert (schedule.warmup_learning_rate, schedule.min_learning_rate) == (
+        *(number(first), number(last)),
+    )
+    assert (optimizer.learning_rate, optimizer.learning_rate_for_batch) == (
+        *(number(peak), int(peak.partition("images/")[2] or 0)),
+    )
+    assert (optimizer.clip_norm, config.ema_decay) == (number(cells[4]), number(cells[5]))
+    assert (optimizer.name, config.model.dtype) == (
+        *("lamb" if "LAMB" in cells[6] else "adamw",),
+        *("float32" if "float32" in cells[6] else "bfloat16",),
+    )
+
+
+def test_every_decision_named_is_explained():
+    files = [path for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__"]
+    named = {name for path in files for name in re.findall(r"\bD\d+\b", path.read_text())}
+    rows = re.findall(r"^\| (D\d.*?) \|", DOCUMENT, re.MULTILINE)
+    explained = set(re.findall(r"D\d+", " ".join(rows)))
+    assert named - {"D1", "D62"} <= explained  # the ends of the whole list
+    assert len(named) > 20
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_number_of_the_recipe(name):
+    golden = json.loads(GOLDEN.read_text())
+    want = golden["all"] | golden["different"][name]
+    assert flat(name) == want, "if this is meant: python -m tests.configs.test_configs"
+
+
+def test_attention_is_chosen_where_there_are_windows():
+    config = get_config("gcvit_xxt")
+    config.model.num_classes = 10
+    config.model.attention = "pallas"
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    assert model.stages[0].blocks[1].attn.attention == "pallas"
+    config = get_config("glnet_4g")
+    config.model.attention = "pallas"
+    with pytest.raises(InputError, match="glnet_4g has no field 'attention' to override"):
+        build_model(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "quickstart", "finetune"])
+def test_every_config_is_valid_locked_and_builds(name):
+    config = get_config(name)
+    assert config.is_locked
+    check(config)
+    config.model.num_classes = 10
+    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    params = bridge.get_weights(model)["params"]
+    assert any(leaf.shape[-1:] == (10,) for leaf in jax.tree.leaves(params))
+    flags = jax.tree.leaves(decayed(params, config.optimizer))
+    assert 0 < sum(flags) < len(flags)
+
+
+def program(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"hybrid_flax.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.learningrate=1"], 'Did you mean "learning_rate"'),
+        (["--config.optimzer.learning_rate=1"], 'Did you mean "optimizer"'),
+        (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal for int()"),
+        (["--config.batch_size=1.5"], "flag --config.batch_size=1.5: invalid literal for int()"),
+        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (["workdir=x"], "unexpected argument 'workdir=x'; flags begin with --"),
+        ([], "--workdir is missing"),
+    ],
+)
+def test_the_command_line_names_what_it_cannot_use(arguments, message):
+    result = program("main", "--config=configs/quickstart.py", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("main", [], "--config is missing; to try: --config=configs/quickstart.py"),
+        ("main", ["--config=configs/none.py"], "cannot read the config file"),
+        ("evaluate", ["--config=configs/quickstart.py", "--workdir=/nowhere"], "no checkpoint in"),
+    ],
+)
+def test_missing_files_are_named(module, arguments, message):
+    result = program(module, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+if __name__ == "__main__":
+    every = {name: flat(name) for name in CONFIGS}
+    first, *others = every.values()
+    common = {
+        field: value for field, value in first.items() if all(o.get(field) == value for o in others)
+    }
+    different = {
+        name: {field: value for field, value in config.items() if field not in common}
+        for name, config in every.items()
+    }
+    lines = [f'  "{name}": {json.dumps(fields)}' for name, fields in different.items()]
+    body = ",\n".join(lines)
+    GOLDEN.write_text(f'{{"all": {json.dumps(common, indent=1)},\n"different": {{\n{body}\n}}}}\n')

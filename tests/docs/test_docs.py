@@ -1,0 +1,55 @@
+"""What the documents name is there."""
+
+import ast
+import functools
+import pathlib
+import re
+
+import pytest
+
+from configs import gcvit_b
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
+
+
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    path = ROOT / file
+    tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_that_shows_a_promise_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", RELIABILITY)
+    assert len(named) > 20
+    assert [f"{file}::{name}" for file, name in named if name not in functions_of(file)] == []
+
+
+def test_every_promise_has_its_row_and_a_test_or_says_that_it_has_none():
+    rows = re.findall(r"^\| R(\d+) \|(.*)$", RELIABILITY, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 23))
+    without = [number for number, row in rows if "::test_" not in row]
+    assert [number for number, row in rows if "| not shown yet |" in row] == without
+
+
+def test_every_module_that_keeps_a_promise_exists():
+    rows = re.findall(r"^\| R\d+ \|[^|]*\|([^|]*)\|", RELIABILITY, flags=re.MULTILINE)
+    modules = re.findall(r"`([\w/]+\.py)`", " ".join(rows))
+    assert [name for name in modules if not (ROOT / "hybrid_flax" / name).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_every_file_linked_is_there(document):
+    links = re.findall(r"\]\((?!http)([^)#]+)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_every_field_named_is_in_the_configs(document):
+    for name in re.findall(r"--config\.([\w.]*\w)", document.read_text()):
+        value = gcvit_b.get_config()
+        for part in name.split("."):
+            assert part in value, name
+            value = value[part]

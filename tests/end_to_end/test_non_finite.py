@@ -1,0 +1,125 @@
+"""A step whose loss or gradients are not finite: it changes nothing, and the run does as asked."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hybrid_flax.train
+from hybrid_flax.distributed.batch import to_devices
+from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.errors import TrainingError
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.train import train
+from hybrid_flax.training import step as step_module
+from tests import tiny
+
+BAD_LABEL = 77
+
+
+def config(**overrides):
+    """Ten steps; the fifth of its batches will be bad."""
+    return tiny.get_config(
+        batch_size=64,
+        dataset__train_split="train[:320]",
+        dataset__val_split="val[:64]",
+        **overrides,
+    )
+
+
+@pytest.fixture
+def bad_batch(monkeypatch):
+    """One label of batch number 4 makes its loss NaN, on one of the eight devices."""
+    make_targets, make_batches = step_module.smoothed_one_hot, hybrid_flax.train.train_batches
+
+    def targets(labels, *args):
+        return make_targets(labels, *args) + jnp.where(labels == BAD_LABEL, jnp.nan, 0)[:, None]
+
+    def batches(*args, start_step, **kwargs):
+        for number, batch in enumerate(make_batches(*args, start_step=start_step, **kwargs)):
+            if start_step + number == 4:
+                batch["label"][5] = BAD_LABEL
+            yield batch
+
+    monkeypatch.setattr(step_module, "smoothed_one_hot", targets)
+    monkeypatch.setattr(hybrid_flax.train, "train_batches", batches)
+
+
+def test_neither_weights_nor_statistics_nor_average_change():
+    """A linear model with a running mean; one white image of 16, on one of eight devices."""
+    settings = config()
+    settings.model.num_classes = 3
+    settings.augment.mixup_alpha = settings.augment.cutmix_alpha = 0.0
+
+    def apply(weights, images, *, train, key):
+        mean = images.mean((1, 2))
+        mean = jnp.where(mean.max(axis=-1, keepdims=True) > 2, jnp.inf, mean)
+        return mean @ weights["params"]["kernel"], {"mean": mean.mean(0)}
+
+    mesh = make_mesh()
+    optimizer = optax.adam(1e-3)
+    weights = {"params": {"kernel": jnp.ones((3, 3))}, "batch_stats": {"mean": jnp.zeros(3)}}
+    state = step_module.new_state(weights, optimizer, 0.9)
+    step = step_module.make_train_step(apply, optimizer, lambda _: 1e-3, settings, mesh)
+    images = np.zeros((16, 32, 32, 3), np.uint8)
+    images[9] = 255
+    batch = {"image": images, "label": np.zeros(16, np.int32)}
+    before = jax.device_get(state)
+    state, metrics = step(state, to_devices(batch, mesh))
+    assert metrics["non_finite"] == 0
+    after = jax.device_get(state)
+    assert (before.pop("step"), after.pop("step")) == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    fine, metrics = step(state, to_devices(batch | {"image": 0 * images}, mesh))
+    assert metrics["non_finite"] == -1
+    assert not np.array_equal(fine["params"]["kernel"], before["params"]["kernel"])
+
+
+def test_stopping_reports_step_parameter_and_images(bad_batch, tmp_path, capsys):
+    with pytest.raises(TrainingError) as error:
+        train(config(), str(tmp_path))
+    said = str(error.value)
+    assert "at step 5 the loss is nan and the gradient norm nan, first in the gradient of " in said
+    assert f"Last checkpoint: {tmp_path}/checkpoints/3." in said
+    assert "--config.on_non_finite=skip or roll_back" in said
+    report = json.loads((tmp_path / "non_finite.json").read_text())
+    assert (report["step"], report["batch"]) == (5, 4)
+    assert len(report["images"]) == 22  # of 64 rows, each image three times
+    assert report["parameter"] in said
+    assert "python" in report["command"]
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3]
+
+
+def test_skipping_counts_and_is_bounded(bad_batch, tmp_path, caplog):
+    assert train(config(on_non_finite="skip"), str(tmp_path)) == 0
+    assert "at step 5 the loss is nan" in caplog.text
+    assert "skipped, number 1" in caplog.text
+    last = read_metrics(tmp_path / "metrics.jsonl")[-2]
+    assert (last["train/skipped"], last["train/rolled_back"]) == (1, 0)
+    assert Checkpoints(tmp_path / "checkpoints").restore()[2]["mishaps"] == [1, 0, 0]
+    with pytest.raises(TrainingError, match=r"on_non_finite=skip, --config.non_finite_limit=0\)"):
+        train(config(on_non_finite="skip", non_finite_limit=0), str(tmp_path / "none"))
+
+
+def test_rolling_back_leaves_the_batch_out(bad_batch, tmp_path, monkeypatch):
+    used = []
+    original = hybrid_flax.train.train_batches
+
+    @functools.wraps(original)
+    def recorded(*args, start_step, **kwargs):
+        used.append(start_step)
+        return original(*args, start_step=start_step, **kwargs)
+
+    monkeypatch.setattr(hybrid_flax.train, "train_batches", recorded)
+    assert train(config(on_non_finite="roll_back"), str(tmp_path)) == 0
+    # From the checkpoint of step 3 on, with the batch behind number 4.
+    assert used == [0, 5]
+    step, arrays, meta = Checkpoints(tmp_path / "checkpoints").restore()
+    assert step == 10
+    assert meta["mishaps"] == [0, 1, 2]
+    assert all(np.isfinite(array).all() for array in arrays.values())

@@ -1,0 +1,395 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import hybrid_flax.train
+from hybrid_flax.build import CompiledOnce
+from hybrid_flax.data.sources import source_of
+from hybrid_flax.data.sources.part import part_of
+from hybrid_flax.errors import TrainingError
+from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.goodput import account
+from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.train import train
+from tests import tiny
+
+
+def final_arrays(workdir):
+    """Parameters, optimizer and average of the newest checkpoint, by path."""
+    step, arrays, _ = Checkpoints(pathlib.Path(workdir) / "checkpoints").restore()
+    return step, arrays
+
+
+def assert_same_bits(got, want):
+    assert got[0] == want[0]
+    assert got[1].keys() == want[1].keys()
+    different = [p for p, array in want[1].items() if got[1][p].tobytes() != array.tobytes()]
+    assert not different
+
+
+def learning(workdir):
+    """What was measured at each step, without the speeds."""
+    speeds = "images_per_second", "seconds_per_step", "input_wait", "checkpoint_seconds"
+    other = {"run/goodput", *(f"train/{name}" for name in speeds)}
+    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    return [{k: v for k, v in record.items() if k not in other} for record in records]
+
+
+# ----------------------------------------------------------- in this process, on 8 virtual devices
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The work directory of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    assert train(tiny.get_config(), str(workdir)) == 0
+    return workdir
+
+
+def test_a_run_leaves_all_its_records(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names > {"checkpoints", "config.json", "versions.json", "metrics.jsonl", "curves.png"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model"]["num_classes"] == 10  # as resolved from the dataset
+    assert config["optimizer"]["learning_rate"] == 2e-3
+    versions = json.loads((finished / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+    assert versions["devices"] == "8 x cpu"
+    with Image.open(finished / "curves.png") as curves:
+        assert curves.width > 800
+    assert Checkpoints(finished / "checkpoints").steps() == [6, 9, 10]
+    records = read_metrics(finished / "metrics.jsonl")
+    assert [r["step"] for r in records if "val/top1" in r] == [5, 10]
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 3, 4, 5, 6, 8, 9, 10]
+    assert records[-1]["val/images"] == records[-1]["val_ema/images"] == 360
+
+
+def test_running_a_finished_run_shows_its_result(finished, capsys):
+    files = finished / "metrics.jsonl", finished / "ledger.jsonl"
+    before = [file.read_text() for file in files]
+    assert train(tiny.get_config(), str(finished)) == 0
+    said = capsys.readouterr().out
+    assert "finished: 10 steps of unified_convnext_micro" in said
+    assert "averaged weights: top-1" in said
+    assert [file.read_text() for file in files] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_the_same_command_continues(
+    finished, tmp_path, monkeypatch, capsys, number
+):
+    call = CompiledOnce.__call__
+
+    def stepping(self, state, batch):
+        if int(state["step"]) == 7:
+            os.kill(os.getpid(), number)
+        return call(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledOnce, "__call__", stepping)
+        assert train(tiny.get_config(), str(tmp_path)) == 128 + number
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 8
+    assert f"stopped by {number.name}; step 8 is saved" in capsys.readouterr().out
+    assert train(tiny.get_config(), str(tmp_path)) == 0
+    assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
+    assert_same_bits(final_arrays(tmp_path), final_arrays(finished))
+
+
+def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(finished, tmp_path, caplog):
+    make = tiny.get_config()
+    assert train(make, str(tmp_path)) == 0
+    newest = tmp_path / "checkpoints" / "10"
+    for data in (newest / "state").rglob("d/*"):
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    assert train(make, str(tmp_path)) == 0
+    assert f"checkpoint {newest} is damaged and will not be used" in caplog.text
+    assert "going back to the intact checkpoint of step 9" in caplog.text
+    assert (tmp_path / "damaged" / "10").is_dir()
+    assert_same_bits(final_arrays(tmp_path), final_arrays(finished))
+    assert learning(tmp_path) == learning(finished)
+
+
+def test_the_checkpoint_cadence_changes_nothing(finished, tmp_path):
+    config = tiny.get_config(checkpoint__every_steps=10, log_every_steps=5, eval__batch_size=33)
+    assert train(config, str(tmp_path)) == 0
+    assert_same_bits(final_arrays(tmp_path), final_arrays(finished))
+    got, want = learning(tmp_path)[-1], learning(finished)[-1]
+    assert got.keys() == want.keys()
+    assert got["val/top1"] == want["val/top1"]
+    assert got["val/loss"] == pytest.approx(want["val/loss"], rel=1e-6)
+
+
+# --------------------------------------------------------------------------- killed for real, twice
+
+
+@pytest.fixture(scope="module")
+def subprocess_cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("subprocess-jax-cache"))
+
+
+def run_tiny(cache, *arguments):
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    environment.pop("XLA_FLAGS", None)  # one device, as on a laptop
+    return subprocess.run(
+        [sys.executable, "-m", "tests.tiny", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def order(file):
+    """{step: images}, the last time a batch of that step was made."""
+    return {line.split()[0]: line.split()[1:] for line in file.read_text().splitlines()}
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = run_tiny(subprocess_cache, whole, f"--order={tmp_path}/whole.txt")
+    assert result.returncode == 0, result.stderr
+    for moment in (
+        ["--kill-in=save"],  # while the first checkpoint is being written
+        ["--kill-at=5"],  # between checkpoints
+        ["--kill-in=evaluate"],
+    ):
+        result = run_tiny(subprocess_cache, killed, *moment, f"--order={tmp_path}/killed.txt")
+        assert result.returncode == -signal.SIGKILL, result.stderr
+    result = run_tiny(subprocess_cache, killed, f"--order={tmp_path}/killed.txt")
+    assert result.returncode == 0, result.stderr
+    assert_same_bits(final_arrays(killed), final_arrays(whole))
+    assert learning(killed)[-1] == learning(whole)[-1]
+    seen, want = order(tmp_path / "killed.txt"), order(tmp_path / "whole.txt")
+    assert {step: seen[step] for step in want} == want
+    lines = read_metrics(killed / "ledger.jsonl")
+    found = account(lines)
+    life = lines[-1]["time"] - lines[0]["time"] + lines[0]["elapsed"]
+    assert found.starts == 4
+    assert found.wall == pytest.approx(life, abs=0.1)
+    assert found.seconds["lost steps"] > 0
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"model__name": "gcvit_q"},
+            "--config.model.name='gcvit_q': expected one of 'ga_convnext_b'",
+        ),
+        (
+            {"model__name": "gcvit_xxt", "model__overrides": {}, "model__image_size": 100},
+            "image_size=100: GC ViT needs a multiple of 32",
+        ),
+        (
+            {"model__dtype": "float16"},
+            "model.dtype='float16': expected one of 'bfloat16', 'float32'",
+        ),
+        (
+            {"model__attention": "triton"},
+            "model.attention='triton': expected one of 'auto', 'pallas', 'xla'",
+        ),
+        ({"optimizer__name": "adam"}, "optimizer.name='adam': expected one of 'adamw', 'lamb', 's"),
+        ({"optimizer__decay_also": ("(",)}, "decay_also=('(',): expected regular expressions"),
+        ({"loss__name": "mse"}, "loss.name='mse': expected one of 'softmax'"),
+        ({"batch_size": 100}, "batch_size=100 cannot be split evenly over 8 devices"),
+        ({"batch_size": 4000}, "batch_size=4000, but there are only 1437 training images"),
+        ({"model__num_classes": 3}, "num_classes=3, but dataset digits has 10 classes"),
+        ({"augment__auto_augment": "rand-m99"}, "'rand-m99': m must be 0 to 10"),
+        ({"augment__auto_augment": "autoaugment"}, "augment.auto_augment='autoaugment' is not"),
+        ({"augment__colour_jitter": (0.4, 0.4, 0.4, 0.6)}, "saturation, hue) from 0, the last up"),
+        ({"augment__colour_jitter": (0.4,)}, "colour_jitter=(0.4,): expected strengths"),
+        ({"augment__repeats": 0}, "augment.repeats=0: expected a number above 0"),
+        (
+            {"augment__mix_group": 96},
+            "augment.mix_group=96: 256 images (--config.batch_size=256, "
+            "--config.accumulation_steps=1) are not a multiple of it; use 0 for one group of all, "
+            "or for example 64",
+        ),
+        (
+            {"model__batch_norm_group": 100, "accumulation_steps": 2},
+            "model.batch_norm_group=100: 128 images",
+        ),
+        (
+            {"model__name": "gcvit_xxt", "model__overrides": {}, "model__batch_norm_group": 64},
+            "model.batch_norm_group=64, but gcvit_xxt has no batch norms; use 0",
+        ),
+        ({"augment__crop_scale": (0.5, 2.0)}, "crop_scale=(0.5, 2.0): expected (low, high)"),
+        ({"dataset__name": "image_folder"}, "--config.dataset.path=DIR"),
+        ({"schedule__decay_epochs": 0.5}, "decay_epochs=0.5 ends before the warm-up"),
+        ({"init_from": "/nowhere"}, "there is no checkpoint in /nowhere/checkpoints"),
+    ],
+)
+def test_unusable_settings_are_named(tmp_path, overrides, message):
+    with pytest.raises(ValueError) as error:
+        train(tiny.get_config(**overrides), str(tmp_path / "run"))
+    assert message in str(error.value)
+
+
+def test_several_bad_settings_are_named_at_once(tmp_path):
+    with pytest.raises(ValueError) as error:
+        train(tiny.get_config(epochs=0, ema_decay=1.5, eval__crop_mode="middle"), str(tmp_path))
+    for name in ("epochs=0", "ema_decay=1.5", "eval.crop_mode='middle'"):
+        assert f"--config.{name}" in str(error.value)
+
+
+def test_the_work_directory_of_another_run_is_refused(finished):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(ValueError, match="holds another run") as error:
+        train(tiny.get_config(seed=43, optimizer__learning_rate=1.0), str(finished))
+    assert "seed: the run has 42, you gave 43" in str(error.value)
+    assert "optimizer.learning_rate: the run has 0.002, you gave 1.0" in str(error.value)
+    assert (finished / "config.json").read_text() == before
+
+
+def test_a_dataset_that_shrank_since_the_checkpoint_is_refused(finished, monkeypatch):
+    def shrunk(dataset, split):
+        return part_of(source_of(dataset, split), ":1400", split)
+
+    monkeypatch.setattr(hybrid_flax.train, "source_of", shrunk)
+    before = Checkpoints(finished / "checkpoints").steps()
+    with pytest.raises(
+        ValueError, match=r"changed since the checkpoint of step 10 \(images: 1437 then, 1400 now"
+    ):
+        train(tiny.get_config(), str(finished))
+    assert Checkpoints(finished / "checkpoints").steps() == before
+
+
+def test_two_processes_cannot_share_a_work_directory(finished):
+    from hybrid_flax.run.workdir import Workdir
+
+    config = tiny.get_config(model__num_classes=10)
+    with (
+        Workdir(str(finished), config),
+        pytest.raises(
+            ValueError, match=rf"another process \(process {os.getpid()} on .*\) is training in"
+        ),
+    ):
+        train(tiny.get_config(), str(finished))
+
+
+def test_a_work_directory_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match="cannot write to the work directory .*Not a directory"):
+        train(tiny.get_config(), str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_work_directory_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot write to the work directory .*Permission denied"):
+        train(tiny.get_config(), str(tmp_path))
+    tmp_path.chmod(0o700)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_checkpoint(tmp_path):
+    config = tiny.get_config(
+        optimizer__learning_rate=1e30,
+        schedule__warmup_epochs=0.0,
+        schedule__min_learning_rate=1e30,
+        checkpoint__every_steps=1,
+    )
+    with pytest.raises(TrainingError, match=r"at step (\d+) the loss is nan") as error:
+        train(config, str(tmp_path))
+    steps = Checkpoints(tmp_path / "checkpoints").steps()
+    bad = int(str(error.value).split("at step ")[1].split()[0])
+    assert steps[-1] == bad - 1  # nothing was saved after the last good step
+    assert f"Last checkpoint: {tmp_path}/checkpoints/{bad - 1}." in str(error.value)
+    for array in final_arrays(tmp_path)[1].values():
+        assert np.isfinite(array).all()
+
+
+# ------------------------------------------------------------------- image folders and fine-tuning
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """12 training and 5 validation images of three classes, one of each split unreadable."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for number, name in enumerate(("cat", "dog", "eel")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (40, 50, 3), dtype=np.uint8) + np.uint8(80 * number)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.JPEG")
+    (folder / "train" / "dog" / "2.JPEG").write_bytes(b"\xff\xd8 cut off")
+    (folder / "val" / "eel" / "1.JPEG").write_text("not an image")
+    return folder
+
+
+def photo_config(photos, **overrides):
+    return tiny.get_config(
+        dataset__name="image_folder",
+        dataset__path=str(photos),
+        **{"batch_size": 8, "epochs": 1, **overrides},
+    )
+
+
+def test_an_unreadable_image_is_fatal_by_default(photos, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read image .*/train/dog/2.JPEG \(10 bytes\)"):
+        train(photo_config(photos), str(tmp_path))
+
+
+def test_an_unreadable_image_is_skipped_named_and_counted_if_asked(photos, tmp_path, caplog):
+    assert train(photo_config(photos, dataset__on_unreadable="skip"), str(tmp_path)) == 0
+    assert "train/dog/2.JPEG" in caplog.text
+    assert "val/eel/1.JPEG" in caplog.text
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[-1]["val/images"] == 5
+    assert max(record.get("train/unreadable_images", 0) for record in records) >= 1
+
+
+def test_fine_tuning_with_other_classes(finished, photos, tmp_path, capsys):
+    config = photo_config(
+        photos,
+        dataset__on_unreadable="skip",
+        init_from=str(finished),
+        optimizer__learning_rate=1e-12,
+    )
+    assert train(config, str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"starting from the averaged weights of {finished} (unified_convnext_micro, step 10)"
+        in said
+    )
+    assert "the classifier for 10 classes is replaced by a fresh one for 3" in said
+    start, tuned = final_arrays(finished)[1], final_arrays(tmp_path)[1]
+    same = "stages/1/blocks/0/mlp/fc1/kernel"
+    np.testing.assert_allclose(tuned[f"params/{same}"], start[f"ema/params/{same}"], atol=1e-6)
+    assert tuned["params/head/kernel"].shape == (12, 3)
+
+
+def test_weights_of_another_architecture_are_refused_with_all_differences(finished, tmp_path):
+    config = tiny.get_config(init_from=str(finished))
+    with config.unlocked():
+        config.model.overrides = {"dims": (16, 8, 8, 8), "depths": (1, 1, 2, 1)}
+    with pytest.raises(ValueError, match="are not of this model; nothing was loaded") as error:
+        train(config, str(tmp_path))
+    said = str(error.value)
+    assert "stem/conv2/kernel: checkpoint (3, 3, 4, 8), this model (3, 3, 8, 16)" in said
+    assert "stages/2/blocks/1/norm1/bias: not in the checkpoint" in said
+
+
+def test_training_from_a_converted_folder_needs_another_work_directory(finished, tmp_path):
+    converted = Checkpoints(tmp_path / "checkpoints")
+    converted.save(0, {"params": {"a": np.zeros(3)}}, {"model": "x"})
+    converted.wait()
+    with pytest.raises(ValueError, match=f"no training run.*--config.init_from={tmp_path}"):
+        train(tiny.get_config(), str(tmp_path))
