@@ -1,5 +1,7 @@
 # make quickstart   train a small model on a laptop, minutes
-# make test         what CI runs, about half an hour on two cores
+# make test         what CI runs: every promise and every model, under 15 minutes on two cores
+# make test-all     all tests, and a short chaos run; nightly
+# make durations    make test, and its seconds by file into tests/durations.json
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
 # make parity       all models against the official ones, most of an hour
 # make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
@@ -9,13 +11,22 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test parity kernels chaos soak lint
+.PHONY: quickstart test test-all durations parity kernels chaos soak lint
 
 quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
+PYTEST = $(RUN) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+
 test: lint
-	$(RUN) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+	$(RUN) -m tests.chaos --faults=36
+
+durations: $(VENV)/installed
+	$(PYTEST) -m "not slow" --record-durations
 
 parity: $(VENV)/installed
 	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
@@ -33,6 +44,7 @@ soak: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,7 +1,9 @@
 """Eight virtual devices, strict ranks, a compilation cache for the session."""
 
 import importlib.metadata
+import json
 import os
+import pathlib
 
 # Compiling is what takes the time here: unoptimised code takes half as long to make, and without
 # fusion emitters, which later versions always use, half as long again.
@@ -18,23 +20,30 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+DURATIONS = pathlib.Path(__file__).parent / "durations.json"  # {test file: seconds}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-durations", action="store_true", help=f"write {DURATIONS.name} anew")
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two processes end at about the same time."""
-    longest = (
-        "test_train",
-        "test_processes",
-        "test_chaos",
-        "test_resume_with_workers",
-        "test_every_config",
-        "test_meshes",
-        "test_parity",
-        "test_trajectory",
-        "test_model_shapes",
-        "test_torch_loop",
-        "test_attention_paths",
-        "test_unified",
-    )
-    items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
+    seconds = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--record-durations"):
+        return
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.partition("::")[0]
+                seconds[file] = seconds.get(file, 0) + report.duration
+    content = {file: round(seconds[file]) for file in sorted(seconds) if seconds[file] >= 1}
+    DURATIONS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,11 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Runs of the same tiny model compile once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax-cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def compilation_cache(tmp_path_factory, worker_id):
+    """Equal programs compile once, in whichever process of the session, programs it starts too."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "jax-cache"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
