@@ -22,7 +22,8 @@ from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention.geometry import Windows
 
 CLASSES = 1000
 SMOOTHING, WEIGHT_DECAY, LEARNING_RATE = 0.1, 0.05, 1e-4  # ours and theirs
