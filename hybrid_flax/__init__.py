@@ -26,6 +26,7 @@ def create_model(
     image_size: int | None = None,
     dtype: DTypeLike = "float32",
     rngs: nnx.Rngs | None = None,
+    implementation: str = "auto",
     pretrained: bool = False,
     **overrides,
 ) -> nnx.Module:
@@ -37,6 +38,8 @@ def create_model(
       image_size: height and width in pixels; default: the released model's own.
       dtype: of the computation. Parameters, norms, softmax and logits stay float32.
       rngs: where the initial values come from; default `nnx.Rngs(0)`.
+      implementation: of the operations in `pallas/`: "auto", by platform and shape, or "pallas" or
+        "xla"; see `pallas/*/choice.py`.
       pretrained: whether to download the released weights and load them. Needs PyTorch for files
         in its format. A classifier for other than the released number of classes stays fresh.
       **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
@@ -51,7 +54,13 @@ def create_model(
     from hybrid_flax.models import registry
 
     model = registry.create_model(
-        name, num_classes=num_classes, image_size=image_size, dtype=dtype, rngs=rngs, **overrides
+        name,
+        num_classes=num_classes,
+        image_size=image_size,
+        dtype=dtype,
+        rngs=rngs,
+        implementation=implementation,
+        **overrides,
     )
     if pretrained:
         from convert.pretrained import load_pretrained

@@ -112,22 +112,15 @@ def opponent(against: str, options: argparse.Namespace, ours: Subject) -> Subjec
     )
 
 
-def make_ours(options: argparse.Namespace, label: str, attention: str) -> Subject:
+def make_ours(options: argparse.Namespace, label: str, implementation: str) -> Subject:
     """The model with this implementation of its operations in `pallas/`; raises InputError."""
-    fields = {"attention": attention} if has_choice(options.model) else {}
-    if not fields and attention != "auto":
-        raise InputError(
-            f"{options.model} has no attention to choose for: --attention={attention} and "
-            f"--against=xla are for GC ViT, L2ViT, GA-CSWin and the unified models"
-        )
     return Subject(
-        label, options.model, image_size=options.image_size, dtype=options.dtype, **fields
+        label,
+        options.model,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        implementation=implementation,
     )
-
-
-def has_choice(model: str) -> bool:
-    """Whether the model's attention can be chosen; raises InputError for an unknown name."""
-    return hasattr(hybrid_flax.model_variant(model), "attention")
 
 
 def batch_sizes(text: str) -> list[int]:

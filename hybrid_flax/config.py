@@ -191,14 +191,14 @@ def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
 def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a resolved config."""
     model = config.model
-    attention = {} if model.attention == "auto" else {"attention": model.attention}
     built = hybrid_flax.create_model(
         model.name,
         num_classes=model.num_classes,
         image_size=model.image_size,
         dtype=jnp.dtype(model.dtype),
         rngs=rngs,
-        **{"drop_path": model.drop_path, **attention, **model.overrides},
+        implementation=model.attention,
+        **{"drop_path": model.drop_path, **model.overrides},
     )
     if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
         raise InputError(

@@ -74,13 +74,23 @@ class Subject:
 
     Args:
       label: what to call it in the table.
+      implementation: of its operations in `pallas/`.
       overrides: fields of its variant.
 
     Raises:
       InputError: unknown model or field, or a size that it cannot be built for.
     """
 
-    def __init__(self, label: str, name: str, *, image_size: int | None, dtype: str, **overrides):
+    def __init__(
+        self,
+        label: str,
+        name: str,
+        *,
+        image_size: int | None,
+        dtype: str,
+        implementation: str = "auto",
+        **overrides,
+    ):
         self.label = label
         self.dtype = jnp.dtype(dtype)
         self.side = image_size or hybrid_flax.model_info(name).image_size
@@ -90,6 +100,7 @@ class Subject:
             num_classes=CLASSES,
             image_size=self.side,
             dtype=self.dtype,
+            implementation=implementation,
             **overrides,
         )
         self._model = bridge.abstract(self._create)

@@ -33,6 +33,7 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
 HEAD_DIM = 32
@@ -47,7 +48,6 @@ class Variant:
     mlp_ratio: int
     layer_scale: float | None  # initial γ
     drop_path: float  # rate of the last block; the first has 0, linear between
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class SqueezeExcite(nnx.Module):
@@ -134,14 +134,14 @@ class WindowAttention(nnx.Module):
         window: int,
         *,
         is_global: bool,
-        attention: str,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.heads = dim // HEAD_DIM
         self.window = window
         self.is_global = is_global
-        self.attention = attention
+        self.implementation = implementation
         self.qkv = linear(dim, dim * (2 if is_global else 3), dtype=dtype, rngs=rngs)
         self.position_bias = nnx.Param(
             normal_init(rngs.params(), ((2 * window - 1) ** 2, self.heads), jnp.float32)
@@ -157,7 +157,7 @@ class WindowAttention(nnx.Module):
             relative_position_bias(self.position_bias[...], self.window),
             window=self.window,
             query=query_map.reshape(*query_map.shape[:3], *split_heads) if self.is_global else None,
-            implementation=self.attention,
+            implementation=self.implementation,
         )
         return self.proj(out.reshape(x.shape))
 
@@ -177,13 +177,18 @@ class Block(nnx.Module):
         mlp_ratio: int,
         layer_scale: float | None,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.attn = WindowAttention(
-            dim, window, is_global=is_global, attention=attention, dtype=dtype, rngs=rngs
+            dim,
+            window,
+            is_global=is_global,
+            implementation=implementation,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
@@ -223,6 +228,7 @@ class Stage(nnx.Module):
         variant: Variant,
         *,
         is_last: bool,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -236,7 +242,7 @@ class Stage(nnx.Module):
                     mlp_ratio=variant.mlp_ratio,
                     layer_scale=variant.layer_scale,
                     drop_path_rate=rate,
-                    attention=variant.attention,
+                    implementation=implementation,
                     dtype=dtype,
                     rngs=rngs,
                 )
@@ -255,7 +261,7 @@ class Stage(nnx.Module):
         return query_map, x, x if self.is_last else self.downsample(x)
 
 
-class GCViT(nnx.Module):
+class GCViT(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     The windows follow from `image_size` as in the official variants: image_size/32, /32, /16, /32.
@@ -263,12 +269,17 @@ class GCViT(nnx.Module):
     widths from image_size - 3 to image_size.
     """
 
+    @staticmethod
+    def has_kernels(variant: Variant) -> bool:
+        return True
+
     def __init__(
         self,
         variant: Variant,
         *,
         num_classes: int,
         image_size: int,
+        implementation: str = "auto",
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -295,6 +306,7 @@ class GCViT(nnx.Module):
                     rates[i],
                     variant,
                     is_last=i == 3,
+                    implementation=implementation,
                     dtype=dtype,
                     rngs=rngs,
                 )

@@ -41,6 +41,7 @@ from hybrid_flax.layers import (
     split_key,
     training_key,
 )
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
 HEAD_DIM = 32
@@ -340,7 +341,7 @@ def swap_box(x: Float[Array, "B H W C"], box: Box, stride: int = 1) -> Float[Arr
 # ---------------------------------------------------------------------------------------- the model
 
 
-class GLNet(nnx.Module):
+class GLNet(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Images of every size are taken by the convolutional variants, from 32 pixels by STL, whose

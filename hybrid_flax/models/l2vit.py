@@ -37,6 +37,7 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
 HEAD_DIM = 32
@@ -54,7 +55,6 @@ class Variant:
     window: int
     drop_path: float  # rate of the last block; the first has 0, linear between
     detection: bool = False  # the trunk for dense prediction: see `L2ViT`
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 def depthwise(dim: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DepthwiseConv:
@@ -115,10 +115,12 @@ class WindowAttention(nnx.Module):
     padding is not masked: its keys and values, which are the biases of `qkv`, take part.
     """
 
-    def __init__(self, dim: int, window: int, attention: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, window: int, implementation: str, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.heads = dim // HEAD_DIM
         self.window = window
-        self.attention = attention
+        self.implementation = implementation
         self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
 
@@ -126,7 +128,7 @@ class WindowAttention(nnx.Module):
         _, height, width, dim = x.shape
         qkv = self.qkv(pad_to_multiple(x, self.window))
         qkv = qkv.reshape(*qkv.shape[:3], 3, self.heads, HEAD_DIM)
-        out = window_attention(qkv, window=self.window, implementation=self.attention)
+        out = window_attention(qkv, window=self.window, implementation=self.implementation)
         return self.proj(out.reshape(*out.shape[:3], dim)[:, :height, :width])
 
 
@@ -186,14 +188,14 @@ class WindowBlock(nnx.Module):
         dim: int,
         window: int,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.position1 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.attn = WindowAttention(dim, window, attention, dtype=dtype, rngs=rngs)
+        self.attn = WindowAttention(dim, window, implementation, dtype=dtype, rngs=rngs)
         self.position2 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, MLP_RATIO * dim, dtype=dtype, rngs=rngs)
@@ -241,7 +243,7 @@ class Stage(nnx.Module):
         dim: int,
         window: int,
         drop_path_rates: list[float],
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -251,7 +253,7 @@ class Stage(nnx.Module):
             [
                 LinearBlock(dim, rate, dtype=dtype, rngs=rngs)
                 if index % 2
-                else WindowBlock(dim, window, rate, attention, dtype=dtype, rngs=rngs)
+                else WindowBlock(dim, window, rate, implementation, dtype=dtype, rngs=rngs)
                 for index, rate in enumerate(drop_path_rates)
             ]
         )
@@ -264,7 +266,7 @@ class Stage(nnx.Module):
         return maps
 
 
-class L2ViT(nnx.Module):
+class L2ViT(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Images of every size are taken; `image_size` only says which the model is meant for.
@@ -274,12 +276,17 @@ class L2ViT(nnx.Module):
     whatever the variant says.
     """
 
+    @staticmethod
+    def has_kernels(variant: Variant) -> bool:
+        return True
+
     def __init__(
         self,
         variant: Variant,
         *,
         num_classes: int,
         image_size: int,
+        implementation: str = "auto",
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -296,9 +303,7 @@ class L2ViT(nnx.Module):
         embeds += [Down(dims[i], dims[i + 1], dtype=dtype, rngs=rngs) for i in range(3)]
         self.stages = nnx.List(
             [
-                Stage(
-                    embeds[i], dims[i], window, rates[i], variant.attention, dtype=dtype, rngs=rngs
-                )
+                Stage(embeds[i], dims[i], window, rates[i], implementation, dtype=dtype, rngs=rngs)
                 for i in range(4)
             ]
         )

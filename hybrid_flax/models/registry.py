@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import warnings
 
 import jax
 from flax import nnx
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import gcvit, glnet, gramian, l2vit, unified
 from hybrid_flax.models.info import ModelInfo
+from pallas.dispatch import IMPLEMENTATIONS
 
 _FAMILIES = (
     (gcvit.GCViT, gcvit.VARIANTS, gcvit.PUBLISHED),
@@ -52,6 +54,7 @@ def create_model(
     image_size: int | None,
     dtype: DTypeLike,
     rngs: nnx.Rngs | None,
+    implementation: str = "auto",
     **overrides,
 ) -> nnx.Module:
     """`hybrid_flax.create_model`, which has the defaults and says what they mean, but always fresh.
@@ -60,12 +63,19 @@ def create_model(
     """
     model_class, variants, published = _family(name)
     variant = variants[name]
+    if "attention" in overrides:  # until version 0.2
+        warnings.warn("attention= is now implementation=", FutureWarning, stacklevel=3)
+        implementation = overrides.pop("attention")
     known = [field.name for field in dataclasses.fields(variant)]
     for override in overrides:
         if override not in known:
             raise InputError(
                 f"{name} has no field {override!r} to override; it has {', '.join(known)}"
             )
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
     if "depths" in overrides:
@@ -74,12 +84,22 @@ def create_model(
             raise InputError(
                 f"depths={depths}: {name} has {stages} stages, each of at least one block"
             )
+    variant = dataclasses.replace(variant, **overrides)
+    options = {}
+    if model_class.has_kernels(variant):
+        options = {"implementation": implementation}
+    elif implementation != "auto":
+        raise InputError(
+            f"implementation={implementation!r}: {name} has no operation whose implementation "
+            'could be chosen; leave it "auto"'
+        )
     return model_class(
-        dataclasses.replace(variant, **overrides),
+        variant,
         num_classes=num_classes,
         image_size=published[name].image_size if image_size is None else image_size,
         dtype=dtype,
         rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
+        **options,
     )
 
 

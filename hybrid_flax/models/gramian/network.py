@@ -8,17 +8,19 @@ from jaxtyping import Array, Float
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import check_images, split_key, training_key
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.gramian.heads import Head
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 
 
-class GramianNet(nnx.Module):
+class GramianNet(Backbone):
     """Images [B, H, W, 3], normalised, to the sum of the heads' logits; training: to each head's.
 
     A kind of model says what its trunk is and what its heads are:
 
-    - `trunk_class(variant, image_size, dtype=, rngs=)`, a module that is called with
-      `(images, train, key)` and returns its named maps in order; the last is what the heads see.
+    - `trunk_class(variant, image_size, dtype=, rngs=)`, with `implementation=` where it
+      `has_kernels`: a module that is called with `(images, train, key)` and returns its named maps
+      in order; the last is what the heads see.
       Its attribute `sides` holds the smallest and the largest height and width that it takes.
     - `make_head(variant, num_classes, dtype=, rngs=)`. Variants say how many there are.
     """
@@ -26,7 +28,7 @@ class GramianNet(nnx.Module):
     trunk_class: type[nnx.Module]
 
     @staticmethod
-    def make_head(variant, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Head:
+    def make_head(variant, num_classes: int, **options) -> Head:
         raise NotImplementedError
 
     def __init__(
@@ -36,12 +38,12 @@ class GramianNet(nnx.Module):
         num_classes: int,
         image_size: int,
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **options,
     ):
-        self.trunk = self.trunk_class(variant, image_size, dtype=dtype, rngs=rngs)
+        self.trunk = self.trunk_class(variant, image_size, dtype=dtype, **options)
         self.heads = nnx.List(
             [
-                self.make_head(variant, num_classes, dtype=dtype, rngs=rngs)
+                self.make_head(variant, num_classes, dtype=dtype, **options)
                 for _ in range(variant.heads)
             ]
         )

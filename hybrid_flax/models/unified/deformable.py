@@ -27,10 +27,11 @@ class DeformableConv(Mixer):
     """
 
     norm_epsilon = 1e-5
+    has_kernels = True
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups = dim // GROUP_DIM
-        self.implementation = place.attention
+        self.implementation = place.implementation
         points = self.groups * KERNEL**2
         self.value_proj = linear(dim, dim, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(

@@ -36,6 +36,7 @@ from hybrid_flax.layers import (
     split_key,
     training_key,
 )
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.unified.deformable import DeformableConv
 from hybrid_flax.models.unified.depthwise import DepthwiseMixer
@@ -67,8 +68,6 @@ class Variant:
     # The trunk of a detector. The authors train it with a drop path of 0.1 (micro), 0.2 (tiny,
     # small) or 0.3 (base).
     detection: bool = False
-    # Of windows, halos and deformable sampling: "auto", "pallas" or "xla", see pallas/*/choice.py.
-    attention: str = "auto"
 
 
 class Stem(nnx.Module):
@@ -143,6 +142,7 @@ class Stage(nnx.Module):
         variant: Variant,
         stage: int,
         side: int,
+        implementation: str,
         drop_path_rates: list[float],
         *,
         dtype: DTypeLike,
@@ -157,7 +157,7 @@ class Stage(nnx.Module):
                 Block(
                     MIXERS[variant.mixer],
                     dim,
-                    Place(stage, index, side, variant.detection, variant.attention),
+                    Place(stage, index, side, variant.detection, implementation),
                     mlp_ratio=variant.mlp_ratios[stage],
                     drop_path_rate=rate,
                     dtype=dtype,
@@ -188,7 +188,7 @@ class ConvHead(nnx.Module):
         return jax.nn.gelu(self.norm(self.conv(x), train), approximate=False)
 
 
-class Unified(nnx.Module):
+class Unified(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Which image sizes a classifier takes depends on its mixer: convnext any, internimage multiples
@@ -197,12 +197,17 @@ class Unified(nnx.Module):
     internimage multiples of 32.
     """
 
+    @staticmethod
+    def has_kernels(variant: Variant) -> bool:
+        return MIXERS[variant.mixer].has_kernels
+
     def __init__(
         self,
         variant: Variant,
         *,
         num_classes: int,
         image_size: int,
+        implementation: str = "auto",
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -218,7 +223,15 @@ class Unified(nnx.Module):
         rates = drop_path_rates(variant.drop_path, variant.depths)
         self.stages = nnx.List(
             [
-                Stage(variant, i, image_size // (4 * 2**i), rates[i], dtype=dtype, rngs=rngs)
+                Stage(
+                    variant,
+                    i,
+                    image_size // (4 * 2**i),
+                    implementation,
+                    rates[i],
+                    dtype=dtype,
+                    rngs=rngs,
+                )
                 for i in range(4)
             ]
         )
