@@ -13,6 +13,8 @@ if typing.TYPE_CHECKING:
     from flax import nnx
     from jax.typing import DTypeLike
 
+    from hybrid_flax.models.backbone import Backbone
+
 # Loaded on first use, so that processes which only read images import neither JAX nor Flax.
 _FROM_REGISTRY = ("list_models", "model_info", "model_variant")
 
@@ -25,11 +27,11 @@ def create_model(
     num_classes: int = 1000,
     image_size: int | None = None,
     dtype: DTypeLike = "float32",
-    rngs: nnx.Rngs | None = None,
     implementation: str = "auto",
+    rngs: nnx.Rngs | None = None,
     pretrained: bool = False,
     **overrides,
-) -> nnx.Module:
+) -> Backbone:
     """Builds a model with float32 parameters, freshly initialised or as released.
 
     Args:
@@ -37,9 +39,9 @@ def create_model(
       num_classes: width of the classifier.
       image_size: height and width in pixels; default: the released model's own.
       dtype: of the computation. Parameters, norms, softmax and logits stay float32.
+      implementation: of windowed attention and deformable sampling: "auto", as `pallas/*/choice.py`
+        says; "pallas", the kernels; or "xla".
       rngs: where the initial values come from; default `nnx.Rngs(0)`.
-      implementation: of the operations in `pallas/`: "auto", by platform and shape, or "pallas" or
-        "xla"; see `pallas/*/choice.py`.
       pretrained: whether to download the released weights and load them. Needs PyTorch for files
         in its format. A classifier for other than the released number of classes stays fresh.
       **overrides: fields of the family's `Variant`: `drop_path=0.1`, `depths=(1, 1, 2, 1)`.
@@ -58,8 +60,8 @@ def create_model(
         num_classes=num_classes,
         image_size=image_size,
         dtype=dtype,
-        rngs=rngs,
         implementation=implementation,
+        rngs=rngs,
         **overrides,
     )
     if pretrained:

@@ -437,8 +437,8 @@ def test_every_model_has_a_loss(outputs):
         (["--model=gcvit_xxt", "--image_size=100"], "image_size=100: GC ViT needs a multiple"),
         (["--model=gcvit_xxt", "--batch_sizes=8,x"], "'x': expected a whole number above 0"),
         (["--model=gcvit_xxt", "--json=nowhere/x"], "--json=nowhere/x: there is no folder"),
-        (["--model=glnet_4g", "--attention=xla"], "'xla': glnet_4g has no operation whose"),
-        (["--model=glnet_4g", "--against=xla"], "'xla': glnet_4g has no operation whose"),
+        (["--model=glnet_4g", "--attention=xla"], "glnet_4g has no attention to choose for"),
+        (["--model=glnet_4g", "--against=xla"], "glnet_4g has no attention to choose for"),
         (
             ["--model=gcvit_xxt", "--against=timm/gcvit_base"],
             "--against=timm/gcvit_base: expected xla, or torch:timm/NAME such as torch:timm/",

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import hybrid_flax
 from hybrid_flax.costs import chips
 from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.models import registry
 from hybrid_flax.training.losses import loss_for
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
@@ -22,7 +22,8 @@ from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention.geometry import Windows
 
 CLASSES = 1000
 SMOOTHING, WEIGHT_DECAY, LEARNING_RATE = 0.1, 0.05, 1e-4  # ours and theirs
@@ -70,37 +71,27 @@ def recipe(loss: str) -> SimpleNamespace:
 
 
 class Subject:
-    """One of `hybrid_flax.list_models()`, freshly initialised.
+    """One of `registry.list_models()`, freshly initialised.
 
     Args:
       label: what to call it in the table.
-      implementation: of its operations in `pallas/`.
       overrides: fields of its variant.
 
     Raises:
       InputError: unknown model or field, or a size that it cannot be built for.
     """
 
-    def __init__(
-        self,
-        label: str,
-        name: str,
-        *,
-        image_size: int | None,
-        dtype: str,
-        implementation: str = "auto",
-        **overrides,
-    ):
+    def __init__(self, label: str, name: str, *, image_size: int | None, dtype: str, **overrides):
         self.label = label
         self.dtype = jnp.dtype(dtype)
-        self.side = image_size or hybrid_flax.model_info(name).image_size
+        self.side = image_size or registry.model_info(name).image_size
         self._create = functools.partial(
-            hybrid_flax.create_model,
+            registry.create_model,
             name,
             num_classes=CLASSES,
+            rngs=None,
             image_size=self.side,
             dtype=self.dtype,
-            implementation=implementation,
             **overrides,
         )
         self._model = bridge.abstract(self._create)
@@ -170,7 +161,7 @@ class Subject:
         train = functools.partial(apply, train=True, key=jax.random.key(0))
         outputs, _ = jax.eval_shape(train, self._weights, self._images(batch))
         settings, schedule = recipe(loss_for(outputs)), optax.constant_schedule(LEARNING_RATE)
-        optimizer = make_optimizer(settings.optimizer, schedule)
+        optimizer = make_optimizer(settings.optimizer, schedule, self._model.structure)
         step = make_train_step(apply, optimizer, schedule, settings, mesh)
 
         def begin():

@@ -9,6 +9,7 @@ Shapes: B images, H×W map, C channels, w×w window, N = w² tokens, h heads of 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 
 HEAD_DIM = 32
 
@@ -183,12 +185,7 @@ class Block(nnx.Module):
     ):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.attn = WindowAttention(
-            dim,
-            window,
-            is_global=is_global,
-            implementation=implementation,
-            dtype=dtype,
-            rngs=rngs,
+            dim, window, is_global=is_global, implementation=implementation, dtype=dtype, rngs=rngs
         )
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
@@ -266,12 +263,20 @@ class GCViT(Backbone):
 
     The windows follow from `image_size` as in the official variants: image_size/32, /32, /16, /32.
     A model therefore takes only images whose stem map has the size it was built for: heights and
-    widths from image_size - 3 to image_size.
+    widths from image_size - 3 to image_size. The maps of `features` are those of the blocks, before
+    the downsamplers and without a norm.
     """
 
-    @staticmethod
-    def has_kernels(variant: Variant) -> bool:
-        return True
+    structure = Structure(
+        stem=r"stem/",
+        opens_stage=r"stages/(\d+)/query/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        closes_stage=r"stages/(\d+)/downsample/",
+        end=r"norm/|head/",
+    )
+    has_kernels = True
+    feature_maps = tuple(f"stage{i}_blocks" for i in range(1, 5))
+    dense_map = "norm"
 
     def __init__(
         self,
@@ -279,8 +284,8 @@ class GCViT(Backbone):
         *,
         num_classes: int,
         image_size: int,
-        implementation: str = "auto",
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if image_size < 32 or image_size % 32:
@@ -316,24 +321,8 @@ class GCViT(Backbone):
         self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
         self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits, float32. `train=True` switches drop path on and needs a PRNG `key`."""
-        return self.intermediates(images, train=train, key=key)["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The maps that dense prediction uses: each stage's blocks, strides 4, 8, 16 and 32.
-
-        [B, H/4, W/4, C], [B, H/8, W/8, 2C], [B, H/16, W/16, 4C], [B, H/32, W/32, 8C], before the
-        downsamplers and without a norm.
-        """
-        maps = self.intermediates(images)
-        return [maps[f"stage{i}_blocks"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32."""
-        return self.head(self.intermediates(images)["norm"])
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        return self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -366,6 +355,11 @@ def _check_size(shape: tuple[int, ...], image_size: int):
             " Resize the images, or build the model for their size: "
             'create_model("gcvit_...", image_size=...), a multiple of 32'
         )
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "mlp_ratio": 2}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -443,3 +437,5 @@ PUBLISHED = {
         pretrained="ImageNet-21k, then ",
     ),
 }
+
+FAMILY = Family(GCViT, VARIANTS, PUBLISHED, tiny)

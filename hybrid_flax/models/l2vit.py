@@ -13,6 +13,7 @@ Shapes: B images, H×W map, C channels, w×w window, N tokens, h heads of d = e 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,9 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 
 HEAD_DIM = 32
 MLP_RATIO = 4
@@ -276,9 +278,14 @@ class L2ViT(Backbone):
     whatever the variant says.
     """
 
-    @staticmethod
-    def has_kernels(variant: Variant) -> bool:
-        return True
+    structure = Structure(
+        stem=r"stages/0/embed/",
+        opens_stage=r"stages/([1-9])/embed/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        end=r"norms?/|head/",
+    )
+    has_kernels = True
+    dense_map = "norm"
 
     def __init__(
         self,
@@ -286,8 +293,8 @@ class L2ViT(Backbone):
         *,
         num_classes: int,
         image_size: int,
-        implementation: str = "auto",
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if image_size < 1:
@@ -295,6 +302,8 @@ class L2ViT(Backbone):
         self.image_size = image_size
         self.dtype = dtype
         self.detection = variant.detection
+        if variant.detection:
+            self.feature_maps = ("out1", "out2", "out3", "out4")
         window = DETECTION_WINDOW if variant.detection else variant.window
         rates = drop_path_rates(variant.drop_path, variant.depths)
         dims = [variant.dim * 2**i for i in range(4)]
@@ -313,38 +322,8 @@ class L2ViT(Backbone):
             self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
             self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits, float32. `train=True`: drop path, which needs `key`, and batch statistics.
-
-        Raises InputError for a model built with `detection=True`, which has no classifier.
-        """
-        self._check_classifier()
-        return self.intermediates(images, train=train, key=key)["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The stage outputs, strides 4, 8, 16 and 32; normalised only with `detection=True`.
-
-        [B, ⌈H/4⌉, ⌈W/4⌉, C], then ⌈·/2⌉ of these and 2C, 4C, 8C.
-        """
-        maps = self.intermediates(images)
-        return [maps[f"out{i}" if self.detection else f"stage{i}"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32.
-
-        Raises InputError as `__call__` does.
-        """
-        self._check_classifier()
-        return self.head(self.intermediates(images)["norm"])
-
-    def _check_classifier(self):
-        if self.detection:
-            raise InputError(
-                "this L2ViT was built with detection=True and has no classifier: call "
-                "features(images), or build it with detection=False"
-            )
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        return self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -370,6 +349,11 @@ class L2ViT(Backbone):
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
         maps["logits"] = self.head(maps["pooled"])
         return maps
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "window": 4}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -421,3 +405,5 @@ PUBLISHED = {
         pretrained="ImageNet-22k, then ",
     ),
 }
+
+FAMILY = Family(L2ViT, VARIANTS, PUBLISHED, tiny)

@@ -100,11 +100,10 @@ def test_attention_is_chosen_where_there_are_windows():
     config.model.num_classes = 10
     config.model.attention = "pallas"
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    assert model.stages[0].blocks[1].attn.implementation == "pallas"
+    assert model.stages[0].blocks[1].attn.attention == "pallas"
     config = get_config("glnet_4g")
-    config.model.num_classes = 10
     config.model.attention = "pallas"
-    with pytest.raises(InputError, match="'pallas': glnet_4g has no operation whose"):
+    with pytest.raises(InputError, match="glnet_4g has no field 'attention' to override"):
         build_model(config, rngs=nnx.Rngs(0))
 
 

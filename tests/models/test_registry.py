@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 import hybrid_flax
 from hybrid_flax.weights import bridge
@@ -80,30 +79,6 @@ def test_unknown_names_are_refused_with_a_suggestion():
             ValueError, match=r"depths=\(.*: l2vit_t has 4 stages, each of at least"
         ):
             hybrid_flax.create_model("l2vit_t", depths=depths)
-
-
-def test_an_implementation_is_an_argument_of_all_models_with_a_choice():
-    mixers = {"depths": (1, 1, 1, 1), "num_classes": 3, "implementation": "xla"}
-    for name in ("gcvit_xxt", "l2vit_t", "unified_swin_micro"):
-        model = bridge.abstract(lambda name=name: hybrid_flax.create_model(name, **mixers))
-        chosen = {
-            m.implementation for _, m in nnx.iter_modules(model) if hasattr(m, "implementation")
-        }
-        assert chosen == {"xla"}
-    with pytest.raises(ValueError, match="implementation='xla': glnet_4g has no operation whose"):
-        hybrid_flax.create_model("glnet_4g", implementation="xla")
-    with pytest.raises(ValueError, match="'xla': unified_convnext_micro has no operation whose"):
-        hybrid_flax.create_model("unified_convnext_micro", implementation="xla")
-    with pytest.raises(ValueError, match="'triton': expected one of auto, pallas, xla"):
-        hybrid_flax.create_model("gcvit_b", implementation="triton")
-
-
-def test_the_old_name_of_the_implementation_is_taken_with_a_warning():
-    with pytest.warns(FutureWarning, match="attention= is now implementation="):
-        model = bridge.abstract(
-            lambda: hybrid_flax.create_model("gcvit_xxt", depths=(1, 1, 1, 1), attention="xla")
-        )
-    assert model.stages[0].blocks[0].attn.implementation == "xla"
 
 
 def test_bridge_gives_plain_dictionaries_and_takes_them_back():

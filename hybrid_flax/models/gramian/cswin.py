@@ -9,6 +9,7 @@ Convolutions start as PyTorch's do, linear layers normal with deviation 0.02 and
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ from hybrid_flax.layers import (
     window_attention,
 )
 from hybrid_flax.layers.convolutions import pytorch_init
+from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
 
 HEAD_DIM = 32
 
@@ -182,7 +184,7 @@ class CSWin(nnx.Module):
         variant: Variant,
         image_size: int,
         *,
-        implementation: str = "auto",
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -263,15 +265,11 @@ class GACSWin(GramianNet):
     """
 
     trunk_class = CSWin
+    structure = STRUCTURE._replace(opens_next_stage=r"trunk/merges/(\d+)/")
+    has_kernels = True
 
     @staticmethod
-    def has_kernels(variant: Variant) -> bool:
-        return True
-
-    @staticmethod
-    def make_head(
-        variant: Variant, num_classes: int, *, implementation: str = "auto", **options
-    ) -> Head:
+    def make_head(variant: Variant, num_classes: int, *, implementation: str, **options) -> Head:
         dim = 8 * variant.dim
         return Head(
             dim,
@@ -292,6 +290,17 @@ class GACSWin(GramianNet):
         )
 
 
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {
+        "image_size": 64,
+        "depths": (1, 1, 2, 1),
+        "splits": (1, 2, 2),
+        **TINY_HEADS,
+        "gram_dim": 64,
+    }
+
+
 # ----------------------------------------------------------------------------- the published ones
 
 VARIANTS = {
@@ -305,3 +314,5 @@ PUBLISHED = {
     "ga_cswin_t": published(84.1, 43_431_816, 6.1),
     "ga_cswin_s": published(84.7, 55_754_568, 8.7),
 }
+
+FAMILY = Family(GACSWin, VARIANTS, PUBLISHED, tiny)

@@ -14,7 +14,7 @@ class Place(NamedTuple):
     block: int  # 0, 1, … within the stage
     side: int  # of the stage's map, for images of the size that the model is built for
     detection: bool  # whether images of any size will come
-    implementation: str = "auto"  # which implementation: see pallas/*/choice.py
+    implementation: str = "auto"  # of its operation in pallas/: "auto", "pallas" or "xla"
 
 
 class Mixer(nnx.Module):
@@ -25,7 +25,6 @@ class Mixer(nnx.Module):
     """
 
     norm_epsilon = 1e-6  # of both norms of its blocks
-    has_kernels = False  # whether it calls an operation of `pallas/`
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Of `dim` channels, computing in `dtype`."""
