@@ -19,7 +19,11 @@ def matching_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
     if kernel_init is not pytorch_init:
         return jax.nn.initializers.zeros
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
+
+    return init
 
 
 def conv(
@@ -76,11 +80,10 @@ class PointwiseConv(nnx.Module):
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), (1, 1, fan_in, out_channels), jnp.float32)
         )
+        self.bias: nnx.Param | None = None
         if use_bias:
             bias_init = matching_bias_init(kernel_init, fan_in)
             self.bias = nnx.Param(bias_init(rngs.params(), (out_channels,), jnp.float32))
-        else:
-            self.bias = None
         self.groups = groups
         self.dtype = dtype
 
@@ -116,11 +119,10 @@ class DepthwiseConv(nnx.Module):
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), (kernel_size, kernel_size, 1, channels), jnp.float32)
         )
+        self.bias: nnx.Param | None = None
         if use_bias:
             bias_init = matching_bias_init(kernel_init, kernel_size**2)
             self.bias = nnx.Param(bias_init(rngs.params(), (channels,), jnp.float32))
-        else:
-            self.bias = None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
