@@ -65,6 +65,8 @@ class PointwiseConv(nnx.Module):
     (k+1)·C/G - 1.
     """
 
+    bias: nnx.Param | None
+
     def __init__(
         self,
         in_channels: int,
@@ -80,10 +82,11 @@ class PointwiseConv(nnx.Module):
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), (1, 1, fan_in, out_channels), jnp.float32)
         )
-        self.bias: nnx.Param | None = None
         if use_bias:
             bias_init = matching_bias_init(kernel_init, fan_in)
             self.bias = nnx.Param(bias_init(rngs.params(), (out_channels,), jnp.float32))
+        else:
+            self.bias = None
         self.groups = groups
         self.dtype = dtype
 
@@ -106,6 +109,8 @@ class DepthwiseConv(nnx.Module):
     so the formulation is chosen by the platform that is compiled for.
     """
 
+    bias: nnx.Param | None
+
     def __init__(
         self,
         channels: int,
@@ -119,10 +124,11 @@ class DepthwiseConv(nnx.Module):
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), (kernel_size, kernel_size, 1, channels), jnp.float32)
         )
-        self.bias: nnx.Param | None = None
         if use_bias:
             bias_init = matching_bias_init(kernel_init, kernel_size**2)
             self.bias = nnx.Param(bias_init(rngs.params(), (channels,), jnp.float32))
+        else:
+            self.bias = None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
