@@ -10,12 +10,12 @@ same on any number of devices. Each group draws its own λ, coin and box.
 
 from ml_collections import ConfigDict
 
-import hybrid_flax
+from hybrid_flax.models import registry
 
 
 def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict:
     """What all five papers share, and every field that a config has."""
-    info = hybrid_flax.model_info(name)
+    info = registry.model_info(name)
     crop = info.eval_transform
     config = ConfigDict()
     config.seed = 42
@@ -31,7 +31,7 @@ def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict
     model.num_classes = 0  # 0: as many as the dataset has
     model.image_size = info.image_size
     model.dtype = "bfloat16"  # of the computation; parameters and optimizer are float32
-    model.drop_path = hybrid_flax.model_variant(name).drop_path
+    model.drop_path = registry.model_variant(name).drop_path
     model.eval_mode = False  # train as in evaluation: running statistics, no drop path
     model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
     model.remat = "none"  # or "dots", "blocks": less memory, more work; weights/functions.py
@@ -339,7 +339,7 @@ def unified(name: str) -> ConfigDict:
       ConvNeXt, which are stored with four axes there, and not on the others'.
     - Batch norms are synchronised over all GPUs. Mixing is by GPU, of which the scripts take 8.
     """
-    mixer = hybrid_flax.model_variant(name).mixer
+    mixer = registry.model_variant(name).mixer
     if mixer == "convnext":
         config = _imagenet(name, batch_size=4096, learning_rate=4e-3)
     else:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from hybrid_flax.config import build_model
 from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 from hybrid_flax.training.step import Shardings, State, make_train_step, new_state
@@ -51,13 +52,13 @@ def training_program(
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model.structure)
 
     def begin(weights):
         return new_state(weights, optimizer, config.ema_decay)
 
     state = jax.eval_shape(begin, bridge.get_weights(model))
-    shardings = _shardings(state, config, mesh)
+    shardings = _shardings(state, config, mesh, model.structure)
     train_step = make_train_step(
         as_training_function(model, config.model.remat),
         optimizer,
@@ -70,10 +71,12 @@ def training_program(
     return Program(model, train_step, begin, state, shardings.state)
 
 
-def _shardings(state: State, config: ml_collections.ConfigDict, mesh: Mesh) -> Shardings:
-    whole = state_shardings(state, mesh, **config.sharding)
+def _shardings(
+    state: State, config: ml_collections.ConfigDict, mesh: Mesh, structure: Structure
+) -> Shardings:
+    whole = state_shardings(state, mesh, structure, **config.sharding)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)
     # Gradients lie where the optimizer's moments of the same parameters do.
-    moments = state_shardings({"opt_state": state["params"]}, mesh, **config.sharding)
+    moments = state_shardings({"opt_state": state["params"]}, mesh, structure, **config.sharding)
     return Shardings(whole, moments["opt_state"])

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-import hybrid_flax
 from hybrid_flax.data.augmentation.policies import parse_policy
 from hybrid_flax.data.images import FILTERS
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
+from hybrid_flax.models import registry
 from hybrid_flax.training.optimizers import OPTIMIZERS
 from hybrid_flax.training.schedules import SHAPES
 from hybrid_flax.weights.functions import REMAT
@@ -57,7 +57,7 @@ _CHECKS = {
     "ema_decay": _below_one,
     "ema_warmup": _one_of(False, True),
     "log_every_steps": _above(0),
-    "model.name": _one_of(*hybrid_flax.list_models()),
+    "model.name": _one_of(*registry.list_models()),
     "model.dtype": _one_of("bfloat16", "float32"),
     "model.attention": _one_of(*IMPLEMENTATIONS),
     "model.remat": _one_of(*REMAT),
@@ -191,14 +191,14 @@ def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
 def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a resolved config."""
     model = config.model
-    attention = {} if model.attention == "auto" else {"attention": model.attention}
-    built = hybrid_flax.create_model(
+    built = registry.create_model(
         model.name,
         num_classes=model.num_classes,
         image_size=model.image_size,
         dtype=jnp.dtype(model.dtype),
+        implementation=model.attention,
         rngs=rngs,
-        **{"drop_path": model.drop_path, **attention, **model.overrides},
+        **{"drop_path": model.drop_path, **model.overrides},
     )
     if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
         raise InputError(

@@ -13,6 +13,7 @@ from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.processes import from_first
 from hybrid_flax.distributed.transfer import broadcast_from_first, put
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.registry import family_of
 from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
@@ -52,15 +53,16 @@ def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, 
             )
         return start
     like, flat = flatten(start), None
+    structure = family_of(config.model.name).model.structure
 
     def fitted() -> None:
         nonlocal flat
         weights, origin = _load(config)
         if config.init_class_map:
             rows = read_class_map(config.init_class_map, config.model.num_classes)
-            weights = select_classes(weights, rows)
+            weights = select_classes(weights, rows, structure)
             print(f"the classifier keeps {len(rows)} classes by {config.init_class_map}")
-        flat = adapt(weights, like, origin)
+        flat = adapt(weights, like, origin, structure)
 
     from_first(f"read {config.init_from}", fitted)
     flat = broadcast_from_first(flat, like)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import hybrid_flax
 from hybrid_flax.costs import chips
 from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.models import registry
 from hybrid_flax.training.losses import loss_for
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
@@ -71,7 +71,7 @@ def recipe(loss: str) -> SimpleNamespace:
 
 
 class Subject:
-    """One of `hybrid_flax.list_models()`, freshly initialised.
+    """One of `registry.list_models()`, freshly initialised.
 
     Args:
       label: what to call it in the table.
@@ -84,11 +84,12 @@ class Subject:
     def __init__(self, label: str, name: str, *, image_size: int | None, dtype: str, **overrides):
         self.label = label
         self.dtype = jnp.dtype(dtype)
-        self.side = image_size or hybrid_flax.model_info(name).image_size
+        self.side = image_size or registry.model_info(name).image_size
         self._create = functools.partial(
-            hybrid_flax.create_model,
+            registry.create_model,
             name,
             num_classes=CLASSES,
+            rngs=None,
             image_size=self.side,
             dtype=self.dtype,
             **overrides,
@@ -160,7 +161,7 @@ class Subject:
         train = functools.partial(apply, train=True, key=jax.random.key(0))
         outputs, _ = jax.eval_shape(train, self._weights, self._images(batch))
         settings, schedule = recipe(loss_for(outputs)), optax.constant_schedule(LEARNING_RATE)
-        optimizer = make_optimizer(settings.optimizer, schedule)
+        optimizer = make_optimizer(settings.optimizer, schedule, self._model.structure)
         step = make_train_step(apply, optimizer, schedule, settings, mesh)
 
         def begin():
