@@ -13,33 +13,33 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax import cli
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.build import prepare
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Source, source_of
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
-from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
+from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.checkpoint_files import Arrays
 from hybrid_flax.run.saved_weights import load_weights
-from hybrid_flax.training.step import normalise
+from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
 from hybrid_flax.weights.functions import as_function
-from hybrid_flax.weights.paths import flatten, unflatten_like
+from hybrid_flax.weights.paths import flatten, is_classifier, unflatten_like
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 _CHUNK = 256  # queries at a time
 
 
 def knn_predictions(
-    queries: Float[Array, "N D"],
-    bank: Float[Array, "M D"],
-    labels: Int[Array, "M"],
+    queries: Float[np.ndarray, "N D"],
+    bank: Float[np.ndarray, "M D"],
+    labels: Int[np.ndarray, "M"],
     num_classes: int,
     *,
     neighbours: int = NEIGHBOURS,
@@ -120,6 +120,16 @@ def extract(
     return np.concatenate(features), np.concatenate(labels)
 
 
+def _without_classifier(loaded: Arrays, like: Arrays, origin: str) -> Arrays:
+    """The weights of the features, by path; zeros for the classifier, which is not used."""
+    loaded, body = (
+        {path: leaf for path, leaf in arrays.items() if not is_classifier(path)}
+        for arrays in (loaded, like)
+    )
+    classifier = {p: np.zeros(like[p].shape, like[p].dtype) for p in like.keys() - body.keys()}
+    return adapt(loaded, body, origin) | classifier
+
+
 def main(
     config: ml_collections.ConfigDict,
     workdir: str,
@@ -127,18 +137,12 @@ def main(
     temperature: float = TEMPERATURE,
 ) -> int:
     """Prints the top-1 accuracy of the validation images by the training images around them."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    mesh = make_mesh(**config.mesh)
-    train, val = (source_of(config.dataset, split) for split in ("train", "val"))
+    config, train, mesh, model = prepare(config, "train")
+    val = source_of(config.dataset, "val")
     _check(neighbours, temperature, len(train))  # before the minutes that features take
-    resolve_classes(config, train)
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    template = bridge.get_weights(model)
     loaded = load_weights(workdir)
-    # What the checkpoint does not fill is the classifier, which is not used.
-    fresh = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flatten(template).items()}
-    fitted = adapt(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
+    template = bridge.get_weights(model)
+    fitted = _without_classifier(loaded.best, flatten(template), f"the checkpoint in {workdir}")
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
     feature_step = make_feature_step(as_function(model), config, mesh)
     bank, bank_labels = extract(feature_step, weights, train, config, mesh)

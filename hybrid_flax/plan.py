@@ -28,7 +28,6 @@ from hybrid_flax import cli
 from hybrid_flax.build import Program, training_program
 from hybrid_flax.config import check
 from hybrid_flax.costs import compile_only, scaling
-from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
 from hybrid_flax.costs.targets import EXAMPLES, GIB, Target, find_target, set_up
 from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batch_size
@@ -120,8 +119,7 @@ def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, 
             for name in program.state
         },
         "split": [share._asdict() for share in split],
-        "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
-        // mesh.size,
+        "flops_per_chip": program.flops() // mesh.size,
         "kernels": _kernels(calls, target.platform),
         "memory": target.memory,
         "versions": versions(),

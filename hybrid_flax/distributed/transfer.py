@@ -1,4 +1,4 @@
-"""Between host memory and a state that several processes hold together.
+"""Copies between host memory and a state that several processes hold together.
 
 Only the first process touches the checkpoints: the others need no storage, and which step is
 restored cannot differ between them.
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def gather_to_host(tree: Any) -> Any:
@@ -23,8 +23,10 @@ def gather_to_host(tree: Any) -> Any:
             return leaf
         if leaf.is_fully_replicated:
             return leaf.addressable_data(0)
+        assert isinstance(leaf.sharding, NamedSharding)
         replicated = leaf.sharding.update(spec=PartitionSpec())
-        return np.asarray(jax.jit(_same, out_shardings=replicated)(leaf).addressable_data(0))
+        whole = jax.jit(_same, out_shardings=replicated)(leaf)
+        return jax.device_get(whole.addressable_data(0))
 
     return jax.tree.map(gathered, tree)
 
@@ -36,13 +38,14 @@ def _same(x):
 def broadcast_from_first(
     arrays: dict[str, np.ndarray] | None, like: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """What the first process has, in every process, to the bit.
+    """The arrays that the first process has, in every process, to the bit.
 
     Args:
       arrays: by path; None in the other processes.
       like: anything with `shape` and `dtype`, under the same paths in all processes.
     """
     if jax.process_count() == 1:
+        assert arrays is not None
         return arrays
 
     def sent(name):

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,14 @@ from hybrid_flax.weights.paths import flatten
 FORMAT = 1
 
 Arrays = dict[str, np.ndarray]  # by path: "params/stem/conv/kernel"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read back as it was written."""
+
+    step: int
+    arrays: Arrays
+    meta: dict[str, Any]
 
 
 class DamagedCheckpointError(Exception):
