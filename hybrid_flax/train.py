@@ -218,10 +218,10 @@ def _loop(job: Job, step: int, state: State, skipped: SkippedSteps) -> int:
                 skipped = _log(job, pending.fetch(), skipped, exchange, feed)
                 with phases("evaluate"):
                     results = _evaluate(job, state, asked_to_stop)
-                if results is None:
-                    break
+                    if results is None:
+                        break
+                    record.evaluation(step, results, show_results(results))
                 evaluated.add(step)
-                record.evaluation(step, results, show_results(results))
                 is_among_best = functools.partial(record.is_among_best, step)
                 if from_first("rate the evaluation", is_among_best):
                     _save(job, step, state, skipped)

@@ -70,7 +70,9 @@ class PendingMetrics:
 
     def in_flight(self) -> bool:
         """Whether the devices are still at work on the newest step."""
-        return bool(self._steps) and not self._steps[-1][1]["loss"].is_ready()
+        if not self._steps:
+            return False
+        return not self._steps[-1][1]["loss"].is_ready()  # type: ignore[attr-defined]  # no stub
 
     def fetch(self, but_newest: bool = False) -> list[tuple[int, Numbers]]:
         """Takes (step, numbers) of all steps out, or of all but the newest, and waits for them."""
