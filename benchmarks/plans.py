@@ -24,10 +24,10 @@ from typing import Any
 import hybrid_flax
 from hybrid_flax.costs import scaling
 from hybrid_flax.costs.plan_text import size
-from hybrid_flax.costs.step_plan import plan
 from hybrid_flax.costs.targets import Target, find_target, set_up
 from hybrid_flax.costs.timing import reason
 from hybrid_flax.errors import InputError
+from hybrid_flax.step_plan import plan
 from hybrid_flax.versions import versions
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from hybrid_flax.build import Program, training_program
 from hybrid_flax.config import check
 from hybrid_flax.costs import compile_only
-from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
 from hybrid_flax.costs.targets import GIB, Target, find_target, set_up
 from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batch_size
@@ -109,8 +108,7 @@ def lower(
             for name in program.state
         },
         "split": [share._asdict() for share in split],
-        "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
-        // mesh.size,
+        "flops_per_chip": program.flops() // mesh.size,
         "kernels": _kernels(calls, target.platform),
         "memory": target.memory,
         "versions": versions(),
