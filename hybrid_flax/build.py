@@ -1,15 +1,21 @@
-"""What a config asks to be run at every step: by `train.py`, or compiled by `plan.py`."""
+"""From a config to the things it names: settings, a model, the program of a training run."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hybrid_flax.config import build_model
+from hybrid_flax import settings
+from hybrid_flax.data.augmentation.policies import parse_policy
+from hybrid_flax.data.sources import Source
 from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.errors import InputError
+from hybrid_flax.layers import group_batch_norms
+from hybrid_flax.models import registry
+from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 from hybrid_flax.training.step import Shardings, State, make_train_step, new_state
@@ -21,7 +27,7 @@ class Program(NamedTuple):
     """A training run without its data."""
 
     model: nnx.Module  # abstract
-    train_step: Callable[..., Any]  # see `make_train_step`
+    train_step: jax.stages.Wrapped  # see `make_train_step`
     begin: Callable[[Any], State]  # from initial weights to the state before the first step
     state: State  # its shapes and dtypes
     shardings: State  # and where its arrays lie
@@ -44,9 +50,54 @@ class CompiledOnce:
         return self._compiled(*arguments)
 
 
-def training_program(
-    config: ml_collections.ConfigDict, mesh: Mesh, steps_per_epoch: int
-) -> Program:
+def checked(config: settings.Tree) -> Settings:
+    """Reads a config at a program's door: every value checked, and that its names are known.
+
+    Raises:
+      InputError: naming every field whose value cannot be used.
+    """
+    found = settings.from_config(config)
+    registry.model_info(found.model.name)
+    parse_policy(found.augment.auto_augment)
+    return found
+
+
+def resolve_classes(config: Settings, source: Source) -> Settings:
+    """Fills in `model.num_classes` where it is 0; InputError if too small for the dataset."""
+    count = config.model.num_classes or source.num_classes
+    if count < source.num_classes:
+        raise InputError(
+            f"--config.model.num_classes={count}, but dataset {config.dataset.name} has "
+            f"{source.num_classes} classes; leave it 0 for that number"
+        )
+    return settings.replace(config, {"model.num_classes": count})
+
+
+def build_model(config: Settings, *, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds the model of settings whose number of classes is known."""
+    model = config.model
+    chosen = model.implementation
+    built = registry.create_model(
+        model.name,
+        num_classes=model.num_classes,
+        image_size=model.image_size,
+        dtype=jnp.dtype(model.dtype),
+        rngs=rngs,
+        **{
+            "drop_path": model.drop_path,
+            **({} if chosen == "auto" else {"attention": chosen}),
+            **model.overrides,
+        },
+    )
+    if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
+        raise InputError(
+            f"--config.model.batch_norm_group={model.batch_norm_group}, but {model.name} has no "
+            "batch norms; use 0"
+        )
+    return built
+
+
+def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Program:
     """Builds the program of a checked config whose number of classes is known; compiles nothing."""
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     peak = peak_learning_rate(config.optimizer, config.batch_size)
@@ -70,10 +121,10 @@ def training_program(
     return Program(model, train_step, begin, state, shardings.state)
 
 
-def _shardings(state: State, config: ml_collections.ConfigDict, mesh: Mesh) -> Shardings:
-    whole = state_shardings(state, mesh, **config.sharding)
+def _shardings(state: State, config: Settings, mesh: Mesh) -> Shardings:
+    whole = state_shardings(state, mesh, **vars(config.sharding))
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)
     # Gradients lie where the optimizer's moments of the same parameters do.
-    moments = state_shardings({"opt_state": state["params"]}, mesh, **config.sharding)
+    moments = state_shardings({"opt_state": state["params"]}, mesh, **vars(config.sharding))
     return Shardings(whole, moments["opt_state"])

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_flax import cli
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.build import build_model, checked, resolve_classes
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.transforms import EvalTransform
@@ -26,6 +26,7 @@ from hybrid_flax.distributed.processes import from_first
 from hybrid_flax.distributed.transfer import broadcast_from_first, put
 from hybrid_flax.run.checkpoint_files import check_same
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Settings
 from hybrid_flax.training.step import make_eval_step
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
@@ -36,7 +37,7 @@ def evaluate(
     eval_step: Callable,
     weights: dict[str, Any],
     transform: EvalTransform,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     mesh: Mesh,
     *,
     should_stop: Callable[[], bool] = lambda: False,
@@ -94,12 +95,11 @@ def show_results(results: dict[str, dict[str, float]]) -> str:
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Evaluates the newest intact checkpoint of a work directory and prints the result."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    mesh = make_mesh(**config.mesh)
-    source = source_of(config.dataset, "val")
-    resolve_classes(config, source)
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    settings = checked(config)
+    mesh = make_mesh(**vars(settings.mesh))
+    source = source_of(settings.dataset, "val")
+    settings = resolve_classes(settings, source)
+    model = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)
     like, loaded = flatten(template), {}
 
@@ -117,13 +117,13 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int:
         tree = unflatten_like(template, broadcast_from_first(loaded.get(name), like))
         weights[name] = put(tree, replicated(mesh))
     results = evaluate(
-        make_eval_step(as_function(model), config, mesh),
+        make_eval_step(as_function(model), settings.dataset, mesh),
         weights,
-        EvalTransform.from_config(config, source),
-        config,
+        EvalTransform.from_config(settings, source),
+        settings,
         mesh,
     )
-    print(f"{config.model.name} at step {found['step']} of {workdir}, {config.dataset.name}:")
+    print(f"{settings.model.name} at step {found['step']} of {workdir}, {settings.dataset.name}:")
     print(show_results(results))
     return 0
 

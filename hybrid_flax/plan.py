@@ -24,9 +24,8 @@ import ml_collections
 from absl import flags
 from jax.sharding import Mesh
 
-from hybrid_flax import cli
-from hybrid_flax.build import Program, training_program
-from hybrid_flax.config import check
+from hybrid_flax import cli, settings
+from hybrid_flax.build import Program, checked, training_program
 from hybrid_flax.costs import compile_only, scaling
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
@@ -35,6 +34,7 @@ from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batc
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import MemoryRow, memory_table, show_memory_table
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Settings
 from hybrid_flax.versions import versions
 from pallas.dispatch import recorded
 
@@ -94,12 +94,12 @@ def _with_code(compiled) -> tuple[str, int, int]:
     return compiled.as_text(), peak, memory.temp_size_in_bytes
 
 
-def lower(config: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, Any], Any]:
-    """The config's training step for the target: what is known of it, and it lowered."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    config.model.num_classes = config.model.num_classes or 1000
-    mesh = make_mesh(target.devices, **config.mesh)
+def lower(asked: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, Any], Any]:
+    """Lowers a config's training step for the target: (what is known of it, the step)."""
+    config = checked(asked)
+    if not config.model.num_classes:
+        config = settings.replace(config, {"model.num_classes": 1000})
+    mesh = make_mesh(target.devices, **vars(config.mesh))
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     steps_per_epoch = max(1, IMAGENET // config.batch_size)
     with recorded() as calls:
@@ -143,7 +143,7 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
     Compiles once for each try: twice as many, or half, then between.
     """
     config = ml_collections.ConfigDict(config)
-    parts = batch_parts(make_mesh(target.devices, **config.mesh))
+    parts = batch_parts(make_mesh(target.devices, **vars(checked(config).mesh)))
     unit = 8 * parts * config.accumulation_steps
 
     def fits(units: int) -> bool:
@@ -160,7 +160,7 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
     return low * unit
 
 
-def _batch(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     side, split = config.model.image_size, batch_sharded(mesh)
     return {
         "image": jax.ShapeDtypeStruct(

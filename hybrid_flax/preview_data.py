@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hybrid_flax import cli
-from hybrid_flax.config import check, resolve_classes
+from hybrid_flax.build import checked, resolve_classes
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import EncodedSource, source_of
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Settings
 
 _COLUMNS, _ROWS, _TILE, _CAPTION = 8, 5, 160, 14  # of the picture; the last two in pixels
 _SAMPLE = 500  # images whose sizes are looked at
@@ -43,24 +44,23 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     Raises:
       InputError: the config or the data cannot be used.
     """
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    source = source_of(config.dataset, "train")
-    resolve_classes(config, source)
-    transform = TrainTransform.from_config(config, source)
+    settings = checked(config)
+    source = source_of(settings.dataset, "train")
+    settings = resolve_classes(settings, source)
+    transform = TrainTransform.from_config(settings, source)
     file = os.path.join(folder, "inspect.png")
     try:
         os.makedirs(folder, exist_ok=True)
-        _picture(transform, config.seed).save(file)
+        _picture(transform, settings.seed).save(file)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from error
     sample = np.random.default_rng(0).permutation(len(source))
     return [
-        f"{config.dataset.name}: {len(source):,} training images, {source.num_classes} classes; "
+        f"{settings.dataset.name}: {len(source):,} training images, {source.num_classes} classes; "
         f"augmented images are in {file}",
         _class_counts(source, sample),
-        *_sizes(source, sample[:_SAMPLE], config.model.image_size),
-        *_speed(transform, sample, config, seconds),
+        *_sizes(source, sample[:_SAMPLE], settings.model.image_size),
+        *_speed(transform, sample, settings, seconds),
     ]
 
 
@@ -131,7 +131,7 @@ def _sizes(source: EncodedSource, sample: np.ndarray, image_size: int) -> list[s
 
 
 def _speed(
-    transform: TrainTransform, sample: np.ndarray, config: ml_collections.ConfigDict, seconds: float
+    transform: TrainTransform, sample: np.ndarray, config: Settings, seconds: float
 ) -> list[str]:
     """The loader's images per second, and what one image costs in one process, stage by stage."""
     workers = config.dataset.num_workers

@@ -4,23 +4,23 @@ import os
 from typing import Any
 
 import jax
-import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
-from hybrid_flax.config import build_model
+from hybrid_flax.build import build_model
 from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.processes import from_first
 from hybrid_flax.distributed.transfer import broadcast_from_first, put
 from hybrid_flax.errors import InputError
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Settings
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
 from hybrid_flax.weights.class_map import read_class_map, select_classes
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
-def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+def initial_weights(config: Settings, mesh: Mesh) -> dict[str, Any]:
     """Parameters and batch statistics before the first step, on the mesh.
 
     `config.init_from` is where they come from:
@@ -67,7 +67,7 @@ def initial_weights(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, 
     return put(unflatten_like(start, flat), replicated(mesh))
 
 
-def _load(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], str]:
+def _load(config: Settings) -> tuple[dict[str, Any], str]:
     """(weights by path, what to call them), and says so."""
     if config.init_from == "pretrained" or os.path.isfile(config.init_from):
         from convert.pretrained import released_weights

@@ -21,8 +21,13 @@ import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from jax.sharding import Mesh
 
-from hybrid_flax.build import CompiledOnce, Program, training_program
-from hybrid_flax.config import check, resolve_classes
+from hybrid_flax.build import (
+    CompiledOnce,
+    Program,
+    checked,
+    resolve_classes,
+    training_program,
+)
 from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.order import batches_per_epoch, images_of_batch
 from hybrid_flax.data.sources import Source, check_same_data, fingerprint, source_of
@@ -45,21 +50,19 @@ from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps, is_finite
 from hybrid_flax.run.stop_signal import StopSignal
 from hybrid_flax.run.storage.bucket import is_bucket
 from hybrid_flax.run.watchdog import Watchdog
-from hybrid_flax.run.workdir import Workdir, differences, to_plain
+from hybrid_flax.run.workdir import Workdir, differences
+from hybrid_flax.settings import FIELDS, Settings, to_plain
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.step import State, make_eval_step, weights_of
 from hybrid_flax.versions import versions
 from hybrid_flax.weights.functions import as_function
 from hybrid_flax.weights.paths import flatten, unflatten, unflatten_like
 
-# Settings that processes on different hosts may have each for itself.
-_OF_A_HOST = ("dataset.cache", "dataset.index", "dataset.num_workers", "dataset.path")
-
 
 class Job(NamedTuple):
     """What stays the same from the first step to the last."""
 
-    config: ml_collections.ConfigDict
+    config: Settings
     mesh: Mesh
     program: Program
     train_step: CompiledOnce
@@ -87,27 +90,26 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
     phases = Phases()
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    run = Workdir(workdir, config) if is_first() else None
+    settings = checked(config)
+    train_source, val_source = (source_of(settings.dataset, split) for split in ("train", "val"))
+    settings = resolve_classes(settings, train_source)
+    run = Workdir(workdir, settings) if is_first() else None
     recorder = Profile(profile, os.path.join(run.path, "profile")) if run else Profile("", "")
-    train_source, val_source = (source_of(config.dataset, split) for split in ("train", "val"))
-    resolve_classes(config, train_source)
-    _check_same_everywhere(config, train_source, val_source)
-    mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+    _check_same_everywhere(settings, train_source, val_source)
+    mesh = make_mesh(**vars(settings.mesh))
+    check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
     with contextlib.ExitStack() as stack:
         if run:
             stack.enter_context(run)
         stop = stack.enter_context(StopSignal())
         stall = f"stall-{jax.process_index()}.txt"
         stall = None if is_bucket(workdir) else os.path.join(workdir, stall)
-        stack.enter_context(Watchdog(phases, config.watchdog_seconds, stall))
+        stack.enter_context(Watchdog(phases, settings.watchdog_seconds, stall))
         stack.callback(recorder.close)
-        steps_per_epoch = batches_per_epoch(train_source, config.batch_size)
-        program = training_program(config, mesh, steps_per_epoch)
+        steps_per_epoch = batches_per_epoch(train_source, settings.batch_size)
+        program = training_program(settings, mesh, steps_per_epoch)
         job = Job(
-            config,
+            settings,
             mesh,
             program,
             CompiledOnce(program.train_step),
@@ -118,7 +120,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
             Ledger(run.ledger if run else None, phases),
             recorder,
             run,
-            _checkpoints(config, run) if run else None,
+            _checkpoints(settings, run) if run else None,
         )
         _introduce(job, steps_per_epoch)
         rolled_back_from = None
@@ -130,22 +132,23 @@ def train(config: ml_collections.ConfigDict, workdir: str, *, profile: str = "")
                 return _loop(job, steps_per_epoch, step, state, mishaps)
             except NonFiniteStep as error:
                 if (
-                    config.on_non_finite != "roll_back"
-                    or error.mishaps.rolled_back >= config.non_finite_limit
+                    settings.on_non_finite != "roll_back"
+                    or error.mishaps.rolled_back >= settings.non_finite_limit
                 ):
                     raise TrainingError(_report(job, error)) from error
                 logging.warning("%s; going back to the last checkpoint", error)
                 rolled_back_from = error
 
 
-def _check_same_everywhere(config: ml_collections.ConfigDict, *sources: Source) -> None:
+def _check_same_everywhere(config: Settings, *sources: Source) -> None:
     """Raises InputError if this process was not started with the settings and data of the first."""
     mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
     mine["commit"] = versions()["commit"]
+    of_host = [field.name for field in FIELDS.values() if field.of_host]
     first = from_first("compare the settings", lambda: mine)
     if lines := [
         f"  {name}: there {theirs!r}, here {ours!r}"
-        for name, theirs, ours in differences(first, mine, _OF_A_HOST)
+        for name, theirs, ours in differences(first, mine, of_host)
     ]:
         raise InputError(
             "this process was started with other settings, data or code than the first one; give "
@@ -214,7 +217,7 @@ def _loop(job: Job, steps_per_epoch: int, step: int, state: State, mishaps: Skip
         checkpoints.check_space(job.program.state)
     eval_every = config.eval.every_epochs * steps_per_epoch
     eval_step = make_eval_step(
-        as_function(job.program.model), config, mesh, weights_of(job.program.shardings)
+        as_function(job.program.model), config.dataset, mesh, weights_of(job.program.shardings)
     )
     val_transform = EvalTransform.from_config(config, job.val_source)
     agreement = StatusExchange(mesh)
@@ -374,10 +377,14 @@ def _feed(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[dict[str, jax.
         ahead = on_devices, int(batch["unreadable"].sum())
 
 
-def _checkpoints(config: ml_collections.ConfigDict, run: Workdir) -> Checkpoints:
-    keep = config.checkpoint.to_dict()
-    del keep["every_steps"]
-    return Checkpoints(run.checkpoints, **keep)
+def _checkpoints(config: Settings, run: Workdir) -> Checkpoints:
+    asked = config.checkpoint
+    return Checkpoints(
+        run.checkpoints,
+        keep=asked.keep,
+        keep_every_steps=asked.keep_every_steps,
+        keep_best=asked.keep_best,
+    )
 
 
 def _score(record: dict[str, Any]) -> float:

@@ -3,13 +3,13 @@
 import datetime
 from collections.abc import Sequence
 
-import ml_collections
 from flax import nnx
 from tqdm import tqdm
 
 from hybrid_flax.costs import chips
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.run.phases import Phases
+from hybrid_flax.settings import Settings
 
 
 class Progress:
@@ -116,10 +116,8 @@ class Progress:
         self._bar.close()
 
 
-def seconds_at_peak(
-    config: ml_collections.ConfigDict, model: nnx.Module, devices: int
-) -> float | None:
-    """What a training step would take if all devices ran at their peak; None if that is not known.
+def seconds_at_peak(config: Settings, model: nnx.Module, devices: int) -> float | None:
+    """Computes a training step's seconds with all devices at their peak; None if not known.
 
     A peak is of bfloat16 products.
     """

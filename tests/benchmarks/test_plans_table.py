@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import configs
 from benchmarks import plans
 from hybrid_flax.errors import InputError
 
@@ -34,10 +35,10 @@ def test_every_entry_says_what_made_it():
 
 
 def test_all_models_have_their_config_there_small_ones_first():
-    names = plans.configs()
+    names = plans.by_size()
     assert len(names) == 53
     assert names.index("gcvit_xxt") < names.index("gcvit_b") < names.index("gcvit_l_512")
-    assert plans.configs("l2vit_?") == ["l2vit_t", "l2vit_s", "l2vit_b"]
+    assert plans.by_size("l2vit_?") == ["l2vit_t", "l2vit_s", "l2vit_b"]
 
 
 def test_rows():
@@ -90,10 +91,10 @@ def test_the_parts_in_which_a_batch_fits(monkeypatch):
 
     monkeypatch.setattr(plans, "plan", plan)
     fits = 4
-    found = plans.fitting_parts(plans.get_config("gcvit_xxt"), None)
+    found = plans.fitting_parts(configs.load("gcvit_xxt"), None)
     assert found == {"accumulation_steps": 4, "peak_bytes": 5}
     fits = 99
-    assert plans.fitting_parts(plans.get_config("gcvit_xxt"), None) is None
+    assert plans.fitting_parts(configs.load("gcvit_xxt"), None) is None
 
 
 def test_a_missing_compiler_is_said(monkeypatch, capsys):
