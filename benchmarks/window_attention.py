@@ -18,9 +18,11 @@ import jax.numpy as jnp
 
 from benchmarks.operation import Benchmark, Work, command, normal
 from benchmarks.window_attention_torch import attention
-from pallas.window_attention import halo_attention, window_attention
+from pallas.halo_attention import halo_attention
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention import window_attention
 from pallas.window_attention.choice import kernels
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.window_attention.geometry import Windows
 
 HEAD_DIM = 32
 

@@ -9,8 +9,9 @@ import functools
 
 import numpy as np
 
+from pallas.halo_attention.geometry import Halo
 from pallas.window_attention import reference
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.window_attention.geometry import Windows
 
 
 def attention(geometry: Windows | Halo, device: str, dtype):

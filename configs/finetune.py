@@ -22,10 +22,8 @@ run has few steps.
 
 import importlib
 
-import hybrid_flax
 from configs.arguments import parse_arguments
-
-ALL_BUT_THE_CLASSIFIER = r"^(?!(.*/)?(head|token_head|classifier)/)"
+from hybrid_flax.models import registry
 
 
 def get_config(arguments: str = ""):
@@ -43,7 +41,7 @@ def get_config(arguments: str = ""):
             "probe": False,
         },
     )
-    info = hybrid_flax.model_info(given["model"])  # names the models there are, if it is none
+    info = registry.model_info(given["model"])  # names the models there are, if it is none
     config = importlib.import_module(f"configs.{given['model']}").get_config()
     config.init_from = "" if given["checkpoint"] == "none" else given["checkpoint"]
     config.dataset.name = given["dataset"]
@@ -96,7 +94,8 @@ def get_config(arguments: str = ""):
 
 def _probe(config):
     """A linear classifier on frozen features: nothing to hold back, so no decay and no average."""
-    config.optimizer.freeze = (ALL_BUT_THE_CLASSIFIER,)
+    classifier = registry.family_of(config.model.name).model.structure.classifier
+    config.optimizer.freeze = (rf"^(?!{classifier})",)  # all but the classifier
     config.model.eval_mode = True
     config.model.drop_path = 0.0
     config.optimizer.learning_rate = 1e-3

@@ -12,20 +12,20 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-import hybrid_flax
 from hybrid_flax import settings
+from hybrid_flax.models import registry
 
 
 def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict:
     """Gives every field its value as all five papers share it; docs/settings.md has them."""
-    info = hybrid_flax.model_info(name)
+    info = registry.model_info(name)
     crop = info.eval_transform
     config = settings.Settings(
         batch_size=batch_size,
         model=settings.Model(
             name=name,
             image_size=info.image_size,
-            drop_path=hybrid_flax.model_variant(name).drop_path,
+            drop_path=registry.model_variant(name).drop_path,
         ),
         dataset=settings.Dataset(mean=crop.mean, std=crop.std),
         optimizer=settings.Optimizer(learning_rate=learning_rate),
@@ -229,7 +229,7 @@ def unified(name: str) -> ConfigDict:
       ConvNeXt, which are stored with four axes there, and not on the others'.
     - Batch norms are synchronised over all GPUs. Mixing is by GPU, of which the scripts take 8.
     """
-    mixer = hybrid_flax.model_variant(name).mixer
+    mixer = registry.model_variant(name).mixer
     if mixer == "convnext":
         config = _imagenet(name, batch_size=4096, learning_rate=4e-3)
     else:

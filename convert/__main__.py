@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 import convert
-import hybrid_flax
 from convert.l2vit import select_classes
 from convert.state_dict import model_from_state_dict
 from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.class_map import read_class_map
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> str:
-    info = hybrid_flax.model_info(options.model)
+    info = registry.model_info(options.model)
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")

@@ -3,13 +3,12 @@
 import numpy as np
 
 from convert.official import Official
+from convert.rules import Rules
 from hybrid_flax.layers import relative_position_index
 from hybrid_flax.models.gcvit import GCViT
 
-MODELS = (GCViT,)
-
 # Regular expressions, applied to the path in this order.
-RENAMES = (
+_RENAMES = (
     (r"^stem/conv/", "patch_embed/proj/"),
     (r"^stem/", "patch_embed/"),
     (r"^patch_embed/downsample/", "patch_embed/conv_down/"),
@@ -24,7 +23,7 @@ RENAMES = (
 )
 
 
-def derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
+def _derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
     """Entries that the official code stores although they follow from the window size."""
     return {
         f"levels.{i}.blocks.{j}.attn.relative_position_index": relative_position_index(
@@ -35,7 +34,7 @@ def derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
     }
 
 
-OFFICIAL = {
+_OFFICIAL = {
     name: Official("", "models.gc_vit", factory)
     for name, factory in {
         "gcvit_xxt": "gc_vit_xxtiny",
@@ -50,3 +49,5 @@ OFFICIAL = {
         "gcvit_l_512": "gc_vit_large_512_21k",
     }.items()
 }
+
+RULES = {GCViT: Rules(_RENAMES, derived_buffers=_derived_buffers, official=_OFFICIAL)}

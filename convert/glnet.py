@@ -1,12 +1,11 @@
 """GLNet: our parameter paths → the keys of the official state_dict."""
 
 from convert.official import Official
+from convert.rules import Rules
 from hybrid_flax.models.glnet import VARIANTS, GLNet
 
-MODELS = (GLNet,)
-
 # Regular expressions, applied to the path in this order.
-RENAMES = (
+_RENAMES = (
     (r"^stages/(\d)/embed/conv1/", r"downsample_layers/\1/1/"),
     (r"^stages/(\d)/embed/bn1/", r"downsample_layers/\1/2/"),
     (r"^stages/(\d)/embed/conv2/", r"downsample_layers/\1/4/"),
@@ -32,9 +31,11 @@ RENAMES = (
     (r"^token_head/", "tklb_aux_head/"),
 )
 
-LAYOUTS = ((r"/(map|mlp)_gamma$", "c -> 1 c 1 1"),)  # scales of maps; those of tokens are (c)
+_LAYOUTS = ((r"/(map|mlp)_gamma$", "c -> 1 c 1 1"),)  # scales of maps; those of tokens are (c)
 
-OFFICIAL = {
+_OFFICIAL = {
     name: Official("", "models.glnet_tklb" if name.endswith("tklb") else "models.glnet", name)
     for name in VARIANTS
 }
+
+RULES = {GLNet: Rules(_RENAMES, layouts=_LAYOUTS, official=_OFFICIAL)}

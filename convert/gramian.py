@@ -4,9 +4,8 @@ GA-ResNet50 and GA-ViT-S have no official code: their trunks' keys are timm's fo
 stage 5 and heads have those of the other two.
 """
 
-from types import SimpleNamespace
-
 from convert.official import Official
+from convert.rules import Rules
 from hybrid_flax.models.gramian import GAConvNeXt, GACSWin, GAResNet, GAViT
 from hybrid_flax.models.gramian.cswin import VARIANTS
 
@@ -29,9 +28,8 @@ _BOTTLENECK = (
     (r"^stage5/norm(\d)/", r"stage5/bn\1/"),
 )
 
-_CONVNEXT = SimpleNamespace(
-    MODELS=(GAConvNeXt,),
-    RENAMES=(
+_CONVNEXT = Rules(
+    renames=(
         *_HEADS,
         *_BOTTLENECK,
         (r"^stage5/", "stages/4/"),
@@ -41,7 +39,7 @@ _CONVNEXT = SimpleNamespace(
         *((rf"^downsamplers/{i}/conv/", f"stages/{i + 1}/downsample/1/") for i in range(3)),
         (r"/depthwise/", "/conv_dw/"),
     ),
-    OFFICIAL={
+    official={
         name: Official("GA", "ga_convnext", factory)
         for name, factory in {
             "ga_convnext_t": "ga_convnext_tiny_688",
@@ -54,9 +52,8 @@ _CONVNEXT = SimpleNamespace(
     },
 )
 
-_CSWIN = SimpleNamespace(
-    MODELS=(GACSWin,),
-    RENAMES=(
+_CSWIN = Rules(
+    renames=(
         *_HEADS,
         *_BOTTLENECK,
         (r"^stage5/mix/", "stage5/1/"),
@@ -69,7 +66,7 @@ _CSWIN = SimpleNamespace(
         (r"/lepe/(\d)/", r"/attns/\1/get_v/"),
     ),
     # Their class, with what its defaults leave open; no function of theirs makes these models.
-    OFFICIAL={
+    official={
         name: Official(
             "GA",
             "ga_cswin",
@@ -86,9 +83,8 @@ _CSWIN = SimpleNamespace(
     },
 )
 
-_RESNET = SimpleNamespace(
-    MODELS=(GAResNet,),
-    RENAMES=(
+_RESNET = Rules(
+    renames=(
         *_HEADS,
         *_BOTTLENECK,
         (r"^stages/(.*)/norm(\d)/", r"stages/\1/bn\2/"),
@@ -98,15 +94,14 @@ _RESNET = SimpleNamespace(
     ),
 )
 
-_VIT = SimpleNamespace(
-    MODELS=(GAViT,),
-    RENAMES=(
+_VIT = Rules(
+    renames=(
         *_HEADS,
         (r"^patches/", "patch_embed/proj/"),
         (r"^positions$", "pos_embed"),
         (r"^(blocks/\d+)/(qkv|proj)/", r"\1/attn/\2/"),
     ),
-    LAYOUTS=((r"^trunk/positions$", "n c -> 1 n c"),),
+    layouts=((r"^trunk/positions$", "n c -> 1 n c"),),
 )
 
-FAMILIES = (_CONVNEXT, _CSWIN, _RESNET, _VIT)
+RULES = {GAConvNeXt: _CONVNEXT, GACSWin: _CSWIN, GAResNet: _RESNET, GAViT: _VIT}

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from convert.official import Official
+from convert.rules import Rules
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.l2vit import L2ViT
 from hybrid_flax.weights.class_map import check_rows
 
-MODELS = (L2ViT,)
-
 # Regular expressions, applied to the path in this order.
-RENAMES = (
+_RENAMES = (
     (r"^stages/0/embed/conv1/", "downsample_layers/0/proj/proj/0/"),
     (r"^stages/0/embed/bn1/", "downsample_layers/0/proj/proj/1/"),
     (r"^stages/0/embed/conv2/", "downsample_layers/0/proj/proj/3/"),
@@ -52,7 +51,7 @@ def select_classes(state: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict
     return {**state, **picked}
 
 
-OFFICIAL = {
+_OFFICIAL = {
     name: Official("classification", "models.l2vit", factory)
     for name, factory in {
         "l2vit_t": "L2ViT_Tiny",
@@ -61,3 +60,5 @@ OFFICIAL = {
         "l2vit_b_384": "L2ViT_Base_384",
     }.items()
 }
+
+RULES = {L2ViT: Rules(_RENAMES, official=_OFFICIAL)}

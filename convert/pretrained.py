@@ -5,18 +5,18 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import convert
-import hybrid_flax
 from convert.download import download
 from convert.state_dict import model_from_state_dict
+from hybrid_flax.models import registry
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
-def load_pretrained(name: str, model: nnx.Module) -> None:
+def load_pretrained(name: str, model: Backbone) -> None:
     """Fills `model`, built as `name`, with that model's released weights, downloaded if need be.
 
     A classifier for another number of classes stays fresh, and position tables are resized to the
@@ -27,7 +27,7 @@ def load_pretrained(name: str, model: nnx.Module) -> None:
     """
     weights, file = released_weights(name)
     template = bridge.get_weights(model)
-    fitted = adapt(weights, flatten(template), str(file))
+    fitted = adapt(weights, flatten(template), str(file), model.structure)
     fitted = {path: jnp.asarray(array) for path, array in fitted.items()}
     bridge.set_weights(model, unflatten_like(template, fitted))
 
@@ -45,7 +45,7 @@ def released_weights(
     Raises:
       InputError: no weights are to be had, or the file is not of this model.
     """
-    info = hybrid_flax.model_info(name)
+    info = registry.model_info(name)
     # Which entry holds the weights is known of the published file; in another it has to be found.
     entry = info.weights_entry if file is None else None
     file = download(name, info) if file is None else pathlib.Path(file)

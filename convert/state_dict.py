@@ -1,31 +1,25 @@
 """PyTorch state_dicts in and out of our models: strict both ways, exact to the bit.
 
-Each family has a rules file with `MODELS`, its model classes, and
-- `RENAMES`: (regular expression, replacement) pairs, applied in order, that turn our paths
-  (`stages/0/norm/scale`, without the collection) into the release's keys with "/" for ".";
-- `LAYOUTS` (optional): (regular expression on our path, axes) where an array is laid out otherwise
-  than its name and rank say: `"c -> 1 c 1 1"`;
-- `renames(model)` and `layouts(model)` in place of these two where the model decides;
-- `derived_buffers(model)` (optional): entries that follow from the architecture;
-- `OFFICIAL` (optional): {name of a model: where the official code makes it}.
+The rules of a family, `rules.Rules`, lie in the file of this folder that is called as its own in
+`hybrid_flax/models/`.
 """
 
+import importlib
+import importlib.util
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-import hybrid_flax
-from convert import gcvit, glnet, gramian, l2vit, unified
 from convert.official import Official
+from convert.rules import Pairs, Rules
 from hybrid_flax.errors import InputError
+from hybrid_flax.models import registry
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.paths import flatten, is_classifier, unflatten
-
-_FAMILIES = (gcvit, l2vit, glnet, *gramian.FAMILIES, unified)
+from hybrid_flax.weights.paths import flatten, unflatten
 
 # Our axes → PyTorch's, by the end of our path and by rank.
 _KERNELS = {2: "i o -> o i", 4: "h w i o -> o i h w"}
@@ -54,7 +48,7 @@ class _Entry(NamedTuple):
         return array.reshape(self.ordered).transpose(np.argsort(self.axes))
 
 
-def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
+def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
     """Fills a model, in place, with the arrays of a PyTorch state_dict.
 
     Args:
@@ -66,7 +60,7 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
       ValueError: listing every missing, unexpected, mis-shaped or unusable key at once; the model
         is unchanged then.
     """
-    table, buffers = _table(model), _derived_buffers(model)
+    table, buffers = _table(model), _rules(model).derived_buffers(model)
     wrong_shape, wrong_value, weights = [], [], {}
     for key, array in state.items():
         array = np.asarray(array)
@@ -110,16 +104,16 @@ def load_state_dict(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
     bridge.set_weights(model, unflatten(weights))
 
 
-def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+def to_state_dict(model: Backbone) -> dict[str, np.ndarray]:
     """The model as the state_dict its authors' code loads: same keys, layouts, dtypes and bits."""
     flat = flatten(bridge.get_weights(model))
     state = {key: entry.export(flat[entry.path]) for key, entry in _table(model).items()}
-    return state | _derived_buffers(model)
+    return state | dict(_rules(model).derived_buffers(model))
 
 
 def model_from_state_dict(
     name: str, state: Mapping[str, np.ndarray], *, image_size: int | None = None
-) -> tuple[nnx.Module, int]:
+) -> tuple[Backbone, int]:
     """A model with as many classes as a state_dict has, filled with it; and their number.
 
     Args:
@@ -131,9 +125,11 @@ def model_from_state_dict(
       InputError: unknown name, or the state_dict does not fit.
     """
 
-    def build(num_classes: int) -> nnx.Module:
+    def build(num_classes: int) -> Backbone:
         return bridge.abstract(
-            lambda: hybrid_flax.create_model(name, num_classes=num_classes, image_size=image_size)
+            lambda: registry.create_model(
+                name, num_classes=num_classes, image_size=image_size, dtype="float32", rngs=None
+            )
         )
 
     num_classes = classifier_width(build(1000), state)
@@ -142,19 +138,19 @@ def model_from_state_dict(
     return model, num_classes
 
 
-def classifier_width(model: nnx.Module, state: Mapping[str, np.ndarray]) -> int:
+def classifier_width(model: Backbone, state: Mapping[str, np.ndarray]) -> int:
     """The number of classes a state_dict was trained for; the model's own if it cannot be told.
 
     Args:
       model: of the right family and variant, with any number of classes.
     """
     for key, entry in _table(model).items():
-        if is_classifier(entry.path) and entry.path.endswith("/bias"):
+        if model.structure.is_classifier(entry.path) and entry.path.endswith("/bias"):
             return len(state[key]) if key in state and np.ndim(state[key]) == 1 else entry.shape[0]
     raise AssertionError(f"{type(model).__name__} has no classifier")
 
 
-def layer_names(model: nnx.Module) -> dict[str, str]:
+def layer_names(model: Backbone) -> dict[str, str]:
     """{our path of a layer: the official path}, for layers that own a parameter themselves."""
     names = {}
     for key, entry in _table(model).items():
@@ -164,36 +160,35 @@ def layer_names(model: nnx.Module) -> dict[str, str]:
     return names
 
 
-def official_model(model: nnx.Module, name: str) -> Official:
+def official_model(model: Backbone, name: str) -> Official:
     """Where the authors' repository makes the model.
 
     Raises:
       InputError: there is no official code for it.
     """
-    official = getattr(_rules(model), "OFFICIAL", {})
+    official = _rules(model).official
     if name not in official:
         raise InputError(f"there is no official code of {name} to compare with")
     return official[name]
 
 
-def _rules(model: nnx.Module):
-    for rules in _FAMILIES:
-        if isinstance(model, rules.MODELS):
-            return rules
-    known = ", ".join(kind.__name__ for rules in _FAMILIES for kind in rules.MODELS)
-    raise InputError(f"no conversion rules for {type(model).__name__}; there are some for {known}")
+def _rules(model: Backbone) -> Rules:
+    family = type(model).__module__.removeprefix("hybrid_flax.models.").split(".")[0]
+    if importlib.util.find_spec(f"convert.{family}") is None:
+        raise InputError(
+            f"there are no conversion rules for {type(model).__name__}: add convert/{family}.py"
+        )
+    return importlib.import_module(f"convert.{family}").RULES[type(model)]
 
 
-def _derived_buffers(model: nnx.Module) -> dict[str, np.ndarray]:
-    derive = getattr(_rules(model), "derived_buffers", None)
-    return derive(model) if derive else {}
+def _for(model: Backbone, pairs: Pairs | Callable[[Any], Pairs]) -> Pairs:
+    return pairs(model) if callable(pairs) else pairs
 
 
-def _table(model: nnx.Module) -> dict[str, _Entry]:
+def _table(model: Backbone) -> dict[str, _Entry]:
     """{release key: where it goes in our model}, one entry for every weight."""
-    rules, table = _rules(model), {}
-    renames = rules.renames(model) if hasattr(rules, "renames") else rules.RENAMES
-    layouts = rules.layouts(model) if hasattr(rules, "layouts") else getattr(rules, "LAYOUTS", ())
+    rules, table = _rules(model), dict[str, _Entry]()
+    renames, layouts = _for(model, rules.renames), _for(model, rules.layouts)
     for path, leaf in flatten(bridge.get_weights(model)).items():
         _, ours = path.split("/", 1)
         key = ours

@@ -6,11 +6,10 @@ The keys and layouts inside a block differ from mixer to mixer.
 import numpy as np
 
 from convert.official import Official
+from convert.rules import Pairs, Rules
 from hybrid_flax.layers import relative_position_index
 from hybrid_flax.models.unified import VARIANTS, Unified
 from pallas.window_attention.reference import shift_mask
-
-MODELS = (Unified,)
 
 _ATTENTION = ((r"/mixer/", "/attn/"), (r"/gamma([12])$", r"/gamma_\1"))
 
@@ -47,7 +46,7 @@ _LAYOUTS = {
 }
 
 
-def renames(model: Unified) -> tuple[tuple[str, str], ...]:
+def _renames_of(model: Unified) -> Pairs:
     return (
         (r"^stages/(\d)/downsample/conv/", r"downsample_layers/\1/reduction/0/"),
         (r"^stages/(\d)/downsample/norm/", r"downsample_layers/\1/reduction/1/"),
@@ -63,11 +62,11 @@ def renames(model: Unified) -> tuple[tuple[str, str], ...]:
 _STEM = (("conv1", 0), ("norm1", 1), ("conv2", 3), ("norm2", 4))
 
 
-def layouts(model: Unified) -> tuple[tuple[str, str], ...]:
+def _layouts_of(model: Unified) -> Pairs:
     return _LAYOUTS.get(model.variant.mixer, ())
 
 
-def derived_buffers(model: Unified) -> dict[str, np.ndarray]:
+def _derived_buffers(model: Unified) -> dict[str, np.ndarray]:
     """Entries that the official Swin stores although they follow from window and image size."""
     buffers = {}
     if model.variant.mixer == "swin":
@@ -84,7 +83,7 @@ def derived_buffers(model: Unified) -> dict[str, np.ndarray]:
 
 
 # The deformable mixer needs their CUDA extension; without it, its import fails and is reported.
-OFFICIAL = {
+_OFFICIAL = {
     name: Official(
         "classification",
         f"models.model_factory.{file}_factory",
@@ -101,3 +100,5 @@ OFFICIAL = {
         }[variant.mixer]
     ]
 }
+
+RULES = {Unified: Rules(_renames_of, _layouts_of, _derived_buffers, _OFFICIAL)}

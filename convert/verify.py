@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 
 import convert
-import hybrid_flax
 from convert.download import download
 from convert.official import run_official
 from convert.state_dict import layer_names, model_from_state_dict, official_model
 from hybrid_flax.data import eval_crop
 from hybrid_flax.errors import InputError
+from hybrid_flax.models import registry
 from hybrid_flax.models.info import ModelInfo
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_recording_function
@@ -62,7 +62,7 @@ def verify(
       InputError: something that was given cannot be used at all. Weights that do not fit the model
         are a failed check.
     """
-    info = hybrid_flax.model_info(name)
+    info = registry.model_info(name)
     state = convert.load_checkpoint(file, entry=entry or info.weights_entry)
     report: dict[str, Any] = {"model": name, "file": str(file), "checks": {}}
 
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if (options.file is None) != options.download:
             raise InputError("give either the file or --download")
-        file = options.file or download(options.model, hybrid_flax.model_info(options.model))
+        file = options.file or download(options.model, registry.model_info(options.model))
         report = verify(
             options.model,
             pathlib.Path(file),

@@ -13,6 +13,8 @@ if typing.TYPE_CHECKING:
     from flax import nnx
     from jax.typing import DTypeLike
 
+    from hybrid_flax.models.backbone import Backbone
+
 # Loaded on first use, so that processes which only read images import neither JAX nor Flax.
 _FROM_REGISTRY = ("list_models", "model_info", "model_variant")
 
@@ -25,10 +27,11 @@ def create_model(
     num_classes: int = 1000,
     image_size: int | None = None,
     dtype: DTypeLike = "float32",
+    implementation: str = "auto",
     rngs: nnx.Rngs | None = None,
     pretrained: bool = False,
     **overrides,
-) -> nnx.Module:
+) -> Backbone:
     """Builds a model with float32 parameters, freshly initialised or as released.
 
     Args:
@@ -36,6 +39,8 @@ def create_model(
       num_classes: width of the classifier.
       image_size: height and width in pixels; default: the released model's own.
       dtype: of the computation. Parameters, norms, softmax and logits stay float32.
+      implementation: of windowed attention and deformable sampling: "auto", as `pallas/*/choice.py`
+        says; "pallas", the kernels; or "xla".
       rngs: where the initial values come from; default `nnx.Rngs(0)`.
       pretrained: whether to download the released weights and load them. Needs PyTorch for files
         in its format. A classifier for other than the released number of classes stays fresh.
@@ -51,7 +56,13 @@ def create_model(
     from hybrid_flax.models import registry
 
     model = registry.create_model(
-        name, num_classes=num_classes, image_size=image_size, dtype=dtype, rngs=rngs, **overrides
+        name,
+        num_classes=num_classes,
+        image_size=image_size,
+        dtype=dtype,
+        implementation=implementation,
+        rngs=rngs,
+        **overrides,
     )
     if pretrained:
         from convert.pretrained import load_pretrained

@@ -23,11 +23,11 @@ from typing import Any
 
 import jax
 
-import hybrid_flax
 from hybrid_flax.costs import chips, records, timing
 from hybrid_flax.costs.subjects import Subject
 from hybrid_flax.costs.timm_subject import TimmSubject
 from hybrid_flax.errors import InputError
+from hybrid_flax.models import registry
 from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
@@ -107,27 +107,20 @@ def opponent(against: str, options: argparse.Namespace, ours: Subject) -> Subjec
         name,
         image_size=ours.side,
         dtype=options.dtype,
-        drop_path=hybrid_flax.model_variant(options.model).drop_path,
+        drop_path=registry.model_variant(options.model).drop_path,
         compile_mode=options.compile_mode,
     )
 
 
-def make_ours(options: argparse.Namespace, label: str, attention: str) -> Subject:
+def make_ours(options: argparse.Namespace, label: str, implementation: str) -> Subject:
     """The model with this implementation of its operations in `pallas/`; raises InputError."""
-    fields = {"attention": attention} if has_choice(options.model) else {}
-    if not fields and attention != "auto":
-        raise InputError(
-            f"{options.model} has no attention to choose for: --attention={attention} and "
-            f"--against=xla are for GC ViT, L2ViT, GA-CSWin and the unified models"
-        )
     return Subject(
-        label, options.model, image_size=options.image_size, dtype=options.dtype, **fields
+        label,
+        options.model,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        implementation=implementation,
     )
-
-
-def has_choice(model: str) -> bool:
-    """Whether the model's attention can be chosen; raises InputError for an unknown name."""
-    return hasattr(hybrid_flax.model_variant(model), "attention")
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -141,17 +134,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
     parser.add_argument("--image_size", type=records.positive, help="default: the model's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto")
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="of windowed attention and deformable sampling: pallas/*/choice.py",
+    )
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
     parser.add_argument("--steps", type=records.positive, default=20, help="of each contestant")
     options = parser.parse_args(arguments)
+    if options.attention:
+        print("--attention is now --implementation", file=sys.stderr)
+        options.implementation = options.attention
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         records.check_file("--json", options.json)
-        ours = make_ours(options, "ours", options.attention)
+        ours = make_ours(options, "ours", options.implementation)
         models = [ours, *([opponent(options.against, options, ours)] if options.against else [])]
         return run(options, models)
     except InputError as error:

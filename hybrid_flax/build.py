@@ -15,6 +15,7 @@ from hybrid_flax.distributed.shardings import state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
@@ -76,18 +77,14 @@ def resolve_classes(config: Settings, source: Source) -> Settings:
 def build_model(config: Settings, *, rngs: nnx.Rngs) -> nnx.Module:
     """Builds the model of settings whose number of classes is known."""
     model = config.model
-    chosen = model.implementation
     built = registry.create_model(
         model.name,
         num_classes=model.num_classes,
         image_size=model.image_size,
         dtype=jnp.dtype(model.dtype),
+        implementation=model.implementation,
         rngs=rngs,
-        **{
-            "drop_path": model.drop_path,
-            **({} if chosen == "auto" else {"attention": chosen}),
-            **model.overrides,
-        },
+        **{"drop_path": model.drop_path, **model.overrides},
     )
     if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
         raise InputError(
@@ -102,13 +99,13 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model.structure)
 
     def begin(weights):
         return new_state(weights, optimizer, config.ema_decay)
 
     state = jax.eval_shape(begin, bridge.get_weights(model))
-    shardings = _shardings(state, config, mesh)
+    shardings = _shardings(state, config, mesh, model.structure)
     train_step = make_train_step(
         as_training_function(model, config.model.remat),
         optimizer,
@@ -121,10 +118,11 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
     return Program(model, train_step, begin, state, shardings.state)
 
 
-def _shardings(state: State, config: Settings, mesh: Mesh) -> Shardings:
-    whole = state_shardings(state, mesh, **vars(config.sharding))
+def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:
+    options = vars(config.sharding)
+    whole = state_shardings(state, mesh, structure, **options)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)
     # Gradients lie where the optimizer's moments of the same parameters do.
-    moments = state_shardings({"opt_state": state["params"]}, mesh, **vars(config.sharding))
+    moments = state_shardings({"opt_state": state["params"]}, mesh, structure, **options)
     return Shardings(whole, moments["opt_state"])

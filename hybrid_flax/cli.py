@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.settings import DROPPED, RENAMED, old_name
+from pallas.dispatch import UnservedShapeError
 
 
 def run(
@@ -53,8 +54,8 @@ def run(
             if in_parallel:
                 _join()
             return main(config, workdir_flag.value or "")
-        except (InputError, TrainingError) as error:
-            code = 2 if isinstance(error, InputError) else 1
+        except (InputError, TrainingError, UnservedShapeError) as error:
+            code = 1 if isinstance(error, TrainingError) else 2
             _say(str(error))
             return processes.leave(code, str(error)) if processes.several() else code
         except Exception as error:

@@ -136,9 +136,15 @@ def main(
     model = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
     template = bridge.get_weights(model)
     loaded = load_weights(workdir)
-    # What the checkpoint does not fill is the classifier, which is not used.
-    fresh = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flatten(template).items()}
-    fitted = adapt(loaded.averaged or loaded.trained, fresh, f"the checkpoint in {workdir}")
+    # The classifier is not used, whatever stands there.
+    like = flatten(template)
+    unused = {path for path in like if model.structure.is_classifier(path)}
+    arrays, shapes = (
+        {path: leaf for path, leaf in leaves.items() if path not in unused}
+        for leaves in (loaded.averaged or loaded.trained, like)
+    )
+    fitted = adapt(arrays, shapes, f"the checkpoint in {workdir}", model.structure)
+    fitted |= {path: jnp.zeros(like[path].shape, like[path].dtype) for path in unused}
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
     feature_step = make_feature_step(as_function(model), settings.dataset, mesh)
     bank, bank_labels = extract(feature_step, weights, train, settings, mesh)

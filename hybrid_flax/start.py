@@ -12,6 +12,7 @@ from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.processes import from_first
 from hybrid_flax.distributed.transfer import broadcast_from_first, put
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.registry import family_of
 from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.settings import Settings
 from hybrid_flax.weights import bridge
@@ -52,15 +53,16 @@ def initial_weights(config: Settings, mesh: Mesh) -> dict[str, Any]:
             )
         return start
     like, flat = flatten(start), None
+    structure = family_of(config.model.name).model.structure
 
     def fitted() -> None:
         nonlocal flat
         weights, origin = _load(config)
         if config.init_class_map:
             rows = read_class_map(config.init_class_map, config.model.num_classes)
-            weights = select_classes(weights, rows)
+            weights = select_classes(weights, rows, structure)
             print(f"the classifier keeps {len(rows)} classes by {config.init_class_map}")
-        flat = adapt(weights, like, origin)
+        flat = adapt(weights, like, origin, structure)
 
     from_first(f"read {config.init_from}", fitted)
     flat = broadcast_from_first(flat, like)

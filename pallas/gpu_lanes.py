@@ -134,7 +134,7 @@ class _Arrays(Memory):
 
 def interpreted(program, count: int, inputs: dict, outputs: dict) -> dict:
     """As `launch`, on any platform."""
-    stored = []
+    stored: list = []
 
     def run(number):
         stored[:] = program(_Arrays(inputs), number)

@@ -21,14 +21,15 @@ from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention.geometry import Windows
 
 CLASSES = 1000
 SMOOTHING, WEIGHT_DECAY, LEARNING_RATE = 0.1, 0.05, 1e-4  # ours and theirs
 
 
 class Subject:
-    """One of `hybrid_flax.list_models()`, freshly initialised.
+    """One of `registry.list_models()`, freshly initialised.
 
     Args:
       label: what to call it in the table.
@@ -130,7 +131,7 @@ class Subject:
         mesh = make_mesh(jax.devices()[:1])
         apply = as_training_function(self._model)
         settings, schedule = self.settings(batch), optax.constant_schedule(LEARNING_RATE)
-        optimizer = make_optimizer(settings.optimizer, schedule)
+        optimizer = make_optimizer(settings.optimizer, schedule, self._model.structure)
         step = make_train_step(apply, optimizer, schedule, settings, mesh)
 
         def begin():

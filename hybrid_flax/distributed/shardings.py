@@ -16,28 +16,36 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.weights.paths import flatten
 
 Axes = tuple[str | None, ...]
 Rules = tuple[tuple[str, Axes], ...]
 
-# The MLPs hold two thirds of the parameters. Their first matrix is split by columns, the second by
-# rows, so that one sum per MLP passes between the chips of `tensor`; attention in the Pallas
-# kernels is split by heads (`pallas/dispatch.py`). Everything else is whole on every chip of it.
-RULES: Rules = (
-    (r"/mlp/(fc1|expand)/kernel$", (None, "tensor")),
-    (r"/mlp/(fc1|expand)/bias$", ("tensor",)),
-    (r"/mlp/(fc2|reduce)/kernel$", ("tensor", None)),
-    (r"/(head|token_head|classifier)/kernel$", (None, "tensor")),
-    (r"/(head|token_head|classifier)/bias$", ("tensor",)),
-    (r"", ()),
-)
 SMALLEST = 2**14  # numbers; smaller arrays are not worth gathering
+
+
+def model_rules(structure: Structure) -> Rules:
+    """What the mesh axis `tensor` splits of a model.
+
+    The MLPs hold two thirds of the parameters. Their first matrix is split by columns, the second
+    by rows, so that one sum per MLP passes between the chips of `tensor`; attention in the Pallas
+    kernels is split by heads (`pallas/dispatch.py`). Everything else is whole on every chip of it.
+    """
+    return (
+        (rf"{structure.split_columns}kernel$", (None, "tensor")),
+        (rf"{structure.split_columns}bias$", ("tensor",)),
+        (rf"{structure.split_rows}kernel$", ("tensor", None)),
+        (rf"/(?:{structure.classifier})kernel$", (None, "tensor")),
+        (rf"/(?:{structure.classifier})bias$", ("tensor",)),
+        (r"", ()),
+    )
 
 
 def state_shardings(
     state: Any,
     mesh: Mesh,
+    structure: Structure,
     rules: Iterable[tuple[str, Axes]] = (),
     optimizer_over_data: bool = False,
 ) -> Any:
@@ -45,14 +53,15 @@ def state_shardings(
 
     Args:
       state: tree of anything with `shape`; its top level names the parts: `params`, `opt_state`, …
-      rules: tried before `RULES`.
+      structure: of the model, see `model_rules`.
+      rules: tried before those of the model.
       optimizer_over_data: optimizer and average are split over `data`, too (ZeRO stage 1): they are
         needed only where they are updated.
 
     Raises:
       InputError: a rule names no axis of the mesh, or its pattern is no regular expression.
     """
-    rules = _checked((*rules, *RULES))
+    rules = _checked((*rules, *model_rules(structure)))
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

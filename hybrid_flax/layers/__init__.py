@@ -14,7 +14,8 @@ from hybrid_flax.layers.positions import (
 )
 from hybrid_flax.layers.windows import pad_to_multiple
 from pallas.deformable_conv import deformable_sampling
-from pallas.window_attention import attention, halo_attention, window_attention
+from pallas.halo_attention import halo_attention
+from pallas.window_attention import attention, window_attention
 
 __all__ = [
     "BatchNorm",

@@ -9,6 +9,7 @@ Shapes: B images, H×W map, C channels, w×w window, N = w² tokens, h heads of 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 
 HEAD_DIM = 32
 
@@ -47,7 +50,6 @@ class Variant:
     mlp_ratio: int
     layer_scale: float | None  # initial γ
     drop_path: float  # rate of the last block; the first has 0, linear between
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class SqueezeExcite(nnx.Module):
@@ -134,14 +136,14 @@ class WindowAttention(nnx.Module):
         window: int,
         *,
         is_global: bool,
-        attention: str,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.heads = dim // HEAD_DIM
         self.window = window
         self.is_global = is_global
-        self.attention = attention
+        self.implementation = implementation
         self.qkv = linear(dim, dim * (2 if is_global else 3), dtype=dtype, rngs=rngs)
         self.position_bias = nnx.Param(
             normal_init(rngs.params(), ((2 * window - 1) ** 2, self.heads), jnp.float32)
@@ -157,7 +159,7 @@ class WindowAttention(nnx.Module):
             relative_position_bias(self.position_bias[...], self.window),
             window=self.window,
             query=query_map.reshape(*query_map.shape[:3], *split_heads) if self.is_global else None,
-            implementation=self.attention,
+            implementation=self.implementation,
         )
         return self.proj(out.reshape(x.shape))
 
@@ -177,13 +179,13 @@ class Block(nnx.Module):
         mlp_ratio: int,
         layer_scale: float | None,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.attn = WindowAttention(
-            dim, window, is_global=is_global, attention=attention, dtype=dtype, rngs=rngs
+            dim, window, is_global=is_global, implementation=implementation, dtype=dtype, rngs=rngs
         )
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
@@ -223,6 +225,7 @@ class Stage(nnx.Module):
         variant: Variant,
         *,
         is_last: bool,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -236,7 +239,7 @@ class Stage(nnx.Module):
                     mlp_ratio=variant.mlp_ratio,
                     layer_scale=variant.layer_scale,
                     drop_path_rate=rate,
-                    attention=variant.attention,
+                    implementation=implementation,
                     dtype=dtype,
                     rngs=rngs,
                 )
@@ -255,13 +258,25 @@ class Stage(nnx.Module):
         return query_map, x, x if self.is_last else self.downsample(x)
 
 
-class GCViT(nnx.Module):
+class GCViT(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     The windows follow from `image_size` as in the official variants: image_size/32, /32, /16, /32.
     A model therefore takes only images whose stem map has the size it was built for: heights and
-    widths from image_size - 3 to image_size.
+    widths from image_size - 3 to image_size. The maps of `features` are those of the blocks, before
+    the downsamplers and without a norm.
     """
+
+    structure = Structure(
+        stem=r"stem/",
+        opens_stage=r"stages/(\d+)/query/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        closes_stage=r"stages/(\d+)/downsample/",
+        end=r"norm/|head/",
+    )
+    has_kernels = True
+    feature_maps = tuple(f"stage{i}_blocks" for i in range(1, 5))
+    dense_map = "norm"
 
     def __init__(
         self,
@@ -270,6 +285,7 @@ class GCViT(nnx.Module):
         num_classes: int,
         image_size: int,
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if image_size < 32 or image_size % 32:
@@ -295,6 +311,7 @@ class GCViT(nnx.Module):
                     rates[i],
                     variant,
                     is_last=i == 3,
+                    implementation=implementation,
                     dtype=dtype,
                     rngs=rngs,
                 )
@@ -304,24 +321,8 @@ class GCViT(nnx.Module):
         self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
         self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits, float32. `train=True` switches drop path on and needs a PRNG `key`."""
-        return self.intermediates(images, train=train, key=key)["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The maps that dense prediction uses: each stage's blocks, strides 4, 8, 16 and 32.
-
-        [B, H/4, W/4, C], [B, H/8, W/8, 2C], [B, H/16, W/16, 4C], [B, H/32, W/32, 8C], before the
-        downsamplers and without a norm.
-        """
-        maps = self.intermediates(images)
-        return [maps[f"stage{i}_blocks"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32."""
-        return self.head(self.intermediates(images)["norm"])
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        return self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -354,6 +355,11 @@ def _check_size(shape: tuple[int, ...], image_size: int):
             " Resize the images, or build the model for their size: "
             'create_model("gcvit_...", image_size=...), a multiple of 32'
         )
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "mlp_ratio": 2}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -431,3 +437,5 @@ PUBLISHED = {
         pretrained="ImageNet-21k, then ",
     ),
 }
+
+FAMILY = Family(GCViT, VARIANTS, PUBLISHED, tiny)

@@ -15,6 +15,7 @@ Shapes: B images, H×W map, C channels, L = H·W places, S = 64 slots, N tokens.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,9 @@ from hybrid_flax.layers import (
     split_key,
     training_key,
 )
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 
 HEAD_DIM = 32
 SLOT_GRID = 8  # slots start as the means over an 8×8 grid
@@ -340,7 +343,7 @@ def swap_box(x: Float[Array, "B H W C"], box: Box, stride: int = 1) -> Float[Arr
 # ---------------------------------------------------------------------------------------- the model
 
 
-class GLNet(nnx.Module):
+class GLNet(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Images of every size are taken by the convolutional variants, from 32 pixels by STL, whose
@@ -349,8 +352,19 @@ class GLNet(nnx.Module):
 
     The logits of a token-labelled model are those of the pooled map plus half of the largest of the
     token logits, for each class. In training it mixes the images of a batch and returns what
-    `training.losses.token_labelling` takes.
+    `training.losses.token_labelling` takes. Its logits of places are those of the tokens.
     """
+
+    structure = Structure(
+        stem=r"stages/0/embed/",
+        opens_stage=r"stages/([1-9])/embed/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        end=r"norm/|head/|token_head/",
+        classifier=r"head/|token_head/",
+        split_columns=r"/mlp/(?:fc1|expand)/",
+        split_rows=r"/mlp/(?:fc2|reduce)/",
+    )
+    dense_map = "norm"
 
     def __init__(
         self,
@@ -414,21 +428,9 @@ class GLNet(nnx.Module):
             "mixed": maps["mixed"],
         }
 
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The stage outputs, strides 4, 8, 16 and 32, without a norm.
-
-        [B, ⌈H/4⌉, ⌈W/4⌉, C], then ⌈·/2⌉ of these and 2C, 4C, 8C; STL rounds down.
-        """
-        maps = self.intermediates(images)
-        return [maps[f"stage{i}"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, float32: the tokens', where there are such.
-
-        Otherwise their mean is the image's.
-        """
-        norm = self.intermediates(images)["norm"]
-        return self.token_head(norm) if self.token_labelling else self.head(norm)
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        """The classifier of places, where there is one, or else the image's."""
+        return self.token_head(x) if self.token_labelling else self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -493,6 +495,11 @@ def _token_grid(images: tuple[int, ...], stem: tuple[int, ...]) -> tuple[int, in
             "Train with another image_size"
         )
     return stem[1] // TOKEN_STRIDE, stem[2] // TOKEN_STRIDE
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -568,3 +575,5 @@ PUBLISHED = {
         _published("glnet_stl_paramslot", 82.1, 30_481_106, 4.4),
     )
 }
+
+FAMILY = Family(GLNet, VARIANTS, PUBLISHED, tiny)

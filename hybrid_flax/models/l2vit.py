@@ -13,6 +13,7 @@ Shapes: B images, H×W map, C channels, w×w window, N tokens, h heads of d = e 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ from hybrid_flax.layers import (
     training_key,
     window_attention,
 )
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 
 HEAD_DIM = 32
 MLP_RATIO = 4
@@ -54,7 +57,6 @@ class Variant:
     window: int
     drop_path: float  # rate of the last block; the first has 0, linear between
     detection: bool = False  # the trunk for dense prediction: see `L2ViT`
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 def depthwise(dim: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DepthwiseConv:
@@ -115,10 +117,12 @@ class WindowAttention(nnx.Module):
     padding is not masked: its keys and values, which are the biases of `qkv`, take part.
     """
 
-    def __init__(self, dim: int, window: int, attention: str, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, window: int, implementation: str, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.heads = dim // HEAD_DIM
         self.window = window
-        self.attention = attention
+        self.implementation = implementation
         self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
 
@@ -126,7 +130,7 @@ class WindowAttention(nnx.Module):
         _, height, width, dim = x.shape
         qkv = self.qkv(pad_to_multiple(x, self.window))
         qkv = qkv.reshape(*qkv.shape[:3], 3, self.heads, HEAD_DIM)
-        out = window_attention(qkv, window=self.window, implementation=self.attention)
+        out = window_attention(qkv, window=self.window, implementation=self.implementation)
         return self.proj(out.reshape(*out.shape[:3], dim)[:, :height, :width])
 
 
@@ -186,14 +190,14 @@ class WindowBlock(nnx.Module):
         dim: int,
         window: int,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.position1 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
-        self.attn = WindowAttention(dim, window, attention, dtype=dtype, rngs=rngs)
+        self.attn = WindowAttention(dim, window, implementation, dtype=dtype, rngs=rngs)
         self.position2 = depthwise(dim, 3, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, MLP_RATIO * dim, dtype=dtype, rngs=rngs)
@@ -241,7 +245,7 @@ class Stage(nnx.Module):
         dim: int,
         window: int,
         drop_path_rates: list[float],
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -251,7 +255,7 @@ class Stage(nnx.Module):
             [
                 LinearBlock(dim, rate, dtype=dtype, rngs=rngs)
                 if index % 2
-                else WindowBlock(dim, window, rate, attention, dtype=dtype, rngs=rngs)
+                else WindowBlock(dim, window, rate, implementation, dtype=dtype, rngs=rngs)
                 for index, rate in enumerate(drop_path_rates)
             ]
         )
@@ -264,7 +268,7 @@ class Stage(nnx.Module):
         return maps
 
 
-class L2ViT(nnx.Module):
+class L2ViT(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Images of every size are taken; `image_size` only says which the model is meant for.
@@ -274,6 +278,15 @@ class L2ViT(nnx.Module):
     whatever the variant says.
     """
 
+    structure = Structure(
+        stem=r"stages/0/embed/",
+        opens_stage=r"stages/([1-9])/embed/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        end=r"norms?/|head/",
+    )
+    has_kernels = True
+    dense_map = "norm"
+
     def __init__(
         self,
         variant: Variant,
@@ -281,6 +294,7 @@ class L2ViT(nnx.Module):
         num_classes: int,
         image_size: int,
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if image_size < 1:
@@ -288,6 +302,8 @@ class L2ViT(nnx.Module):
         self.image_size = image_size
         self.dtype = dtype
         self.detection = variant.detection
+        if variant.detection:
+            self.feature_maps = ("out1", "out2", "out3", "out4")
         window = DETECTION_WINDOW if variant.detection else variant.window
         rates = drop_path_rates(variant.drop_path, variant.depths)
         dims = [variant.dim * 2**i for i in range(4)]
@@ -296,9 +312,7 @@ class L2ViT(nnx.Module):
         embeds += [Down(dims[i], dims[i + 1], dtype=dtype, rngs=rngs) for i in range(3)]
         self.stages = nnx.List(
             [
-                Stage(
-                    embeds[i], dims[i], window, rates[i], variant.attention, dtype=dtype, rngs=rngs
-                )
+                Stage(embeds[i], dims[i], window, rates[i], implementation, dtype=dtype, rngs=rngs)
                 for i in range(4)
             ]
         )
@@ -308,38 +322,8 @@ class L2ViT(nnx.Module):
             self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
             self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits, float32. `train=True`: drop path, which needs `key`, and batch statistics.
-
-        Raises InputError for a model built with `detection=True`, which has no classifier.
-        """
-        self._check_classifier()
-        return self.intermediates(images, train=train, key=key)["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The stage outputs, strides 4, 8, 16 and 32; normalised only with `detection=True`.
-
-        [B, ⌈H/4⌉, ⌈W/4⌉, C], then ⌈·/2⌉ of these and 2C, 4C, 8C.
-        """
-        maps = self.intermediates(images)
-        return [maps[f"out{i}" if self.detection else f"stage{i}"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32.
-
-        Raises InputError as `__call__` does.
-        """
-        self._check_classifier()
-        return self.head(self.intermediates(images)["norm"])
-
-    def _check_classifier(self):
-        if self.detection:
-            raise InputError(
-                "this L2ViT was built with detection=True and has no classifier: call "
-                "features(images), or build it with detection=False"
-            )
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        return self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -365,6 +349,11 @@ class L2ViT(nnx.Module):
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
         maps["logits"] = self.head(maps["pooled"])
         return maps
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "window": 4}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -416,3 +405,5 @@ PUBLISHED = {
         pretrained="ImageNet-22k, then ",
     ),
 }
+
+FAMILY = Family(L2ViT, VARIANTS, PUBLISHED, tiny)

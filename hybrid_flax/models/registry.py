@@ -1,8 +1,10 @@
-"""Models by name. A new family adds one line to `_FAMILIES`."""
+"""Models by name. A new family adds one line to `FAMILIES`."""
 
 import dataclasses
 import difflib
 import fnmatch
+import warnings
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,20 +12,22 @@ from jax.typing import DTypeLike
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import gcvit, glnet, gramian, l2vit, unified
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import ModelInfo
+from pallas.dispatch import IMPLEMENTATIONS
 
-_FAMILIES = (
-    (gcvit.GCViT, gcvit.VARIANTS, gcvit.PUBLISHED),
-    (l2vit.L2ViT, l2vit.VARIANTS, l2vit.PUBLISHED),
-    (glnet.GLNet, glnet.VARIANTS, glnet.PUBLISHED),
+FAMILIES: tuple[Family, ...] = (
+    gcvit.FAMILY,
+    l2vit.FAMILY,
+    glnet.FAMILY,
     *gramian.FAMILIES,
-    (unified.Unified, unified.VARIANTS, unified.PUBLISHED),
+    unified.FAMILY,
 )
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all models that match a shell pattern, sorted: `list_models("gcvit*")`."""
-    names = [name for _, variants, _ in _FAMILIES for name in variants]
+    names = [name for family in FAMILIES for name in family.variants]
     return sorted(fnmatch.filter(names, pattern))
 
 
@@ -32,8 +36,7 @@ def model_info(name: str) -> ModelInfo:
 
     Raises InputError for an unknown name.
     """
-    _, _, published = _family(name)
-    return published[name]
+    return family_of(name).published[name]
 
 
 def model_variant(name: str):
@@ -41,8 +44,15 @@ def model_variant(name: str):
 
     Raises InputError for an unknown name.
     """
-    _, variants, _ = _family(name)
-    return variants[name]
+    return family_of(name).variants[name]
+
+
+def tiny_model(name: str) -> dict[str, Any]:
+    """Arguments of `create_model` that make a model of a few small blocks of it, for tests.
+
+    Raises InputError for an unknown name.
+    """
+    return family_of(name).tiny(model_variant(name))
 
 
 def create_model(
@@ -51,15 +61,24 @@ def create_model(
     num_classes: int,
     image_size: int | None,
     dtype: DTypeLike,
+    implementation: str = "auto",
     rngs: nnx.Rngs | None,
     **overrides,
-) -> nnx.Module:
+) -> Backbone:
     """`hybrid_flax.create_model`, which has the defaults and says what they mean, but always fresh.
 
     Raises InputError for an unknown name or override, or a size the family cannot be built for.
     """
-    model_class, variants, published = _family(name)
-    variant = variants[name]
+    family = family_of(name)
+    variant = family.variants[name]
+    if "attention" in overrides:
+        warnings.warn(
+            "create_model(attention=…) is now create_model(implementation=…); the old name will "
+            "go with the next version",
+            FutureWarning,
+            stacklevel=3,
+        )
+        implementation = overrides.pop("attention")
     known = [field.name for field in dataclasses.fields(variant)]
     for override in overrides:
         if override not in known:
@@ -74,12 +93,22 @@ def create_model(
             raise InputError(
                 f"depths={depths}: {name} has {stages} stages, each of at least one block"
             )
-    return model_class(
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation != "auto" and not family.model.has_kernels:
+        raise InputError(
+            f"implementation={implementation!r}: {name} has no operation with kernels to choose "
+            "for; leave it 'auto'"
+        )
+    return family.model(
         dataclasses.replace(variant, **overrides),
         num_classes=num_classes,
-        image_size=published[name].image_size if image_size is None else image_size,
+        image_size=family.published[name].image_size if image_size is None else image_size,
         dtype=dtype,
         rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
+        **({"implementation": implementation} if family.model.has_kernels else {}),
     )
 
 
@@ -99,9 +128,10 @@ class _Keys(nnx.Rngs):
         return jax.random.fold_in(self.key, self.count)
 
 
-def _family(name: str):
-    for family in _FAMILIES:
-        if name in family[1]:
+def family_of(name: str) -> Family:
+    """The family that a model belongs to; raises InputError for an unknown name."""
+    for family in FAMILIES:
+        if name in family.variants:
             return family
     close = difflib.get_close_matches(name, list_models(), n=3)
     hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(list_models())}"

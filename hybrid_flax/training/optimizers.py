@@ -10,13 +10,15 @@ import numpy as np
 import optax
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.settings import Optimizer
-from hybrid_flax.training.layer_decay import layer_ids
 from hybrid_flax.training.schedules import Schedule
-from hybrid_flax.weights.paths import flatten, is_classifier, unflatten_like
+from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
-def make_optimizer(config: Optimizer, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Optimizer, schedule: Schedule, structure: Structure
+) -> optax.GradientTransformation:
     """Chains clipping and the optimizer `config.name` with weight decay of some parameters.
 
     - `adamw` (arXiv:1711.05101), as PyTorch computes it;
@@ -30,7 +32,8 @@ def make_optimizer(config: Optimizer, schedule: Schedule) -> optax.GradientTrans
 
     Parameters that `freeze` names get no update and no decay, have no state, and do not count in
     the norm that is clipped. With `layer_decay` below 1 the learning rate is that many times
-    smaller with each layer further from the classifier: see `layer_decay.layer_ids`.
+    smaller with each layer further from the classifier. `structure` is the model's: it says which
+    layer a parameter lies in, and what the classifier is, which adaptive clipping leaves out.
     """
 
     def mask(params):
@@ -53,11 +56,15 @@ def make_optimizer(config: Optimizer, schedule: Schedule) -> optax.GradientTrans
             decay,
         ],
     }
-    steps = [*_clipping(config), *rules[config.name](), optax.scale_by_learning_rate(schedule)]
+    steps = [
+        *_clipping(config, structure),
+        *rules[config.name](),
+        optax.scale_by_learning_rate(schedule),
+    ]
     if config.freeze:
         steps = _for_trainable(optax.chain(*steps), config)
     if config.layer_decay != 1:
-        steps.append(_scale_by_depth(config.layer_decay))
+        steps.append(_scale_by_depth(config.layer_decay, structure))
     return optax.chain(*steps)
 
 
@@ -137,21 +144,21 @@ def _for_trainable(
     return [optax.masked(optimizer, learns), optax.masked(optax.set_to_zero(), frozen)]
 
 
-def _clipping(config: Optimizer) -> list[optax.GradientTransformation]:
+def _clipping(config: Optimizer, structure: Structure) -> list[optax.GradientTransformation]:
     """Clips as `clip_adaptive`, `clip_value` and `clip_norm` say, in this order."""
     steps = []
     if config.clip_adaptive:
-        steps.append(optax.masked(optax.adaptive_grad_clip(config.clip_adaptive), _not_classifier))
+
+        def not_classifier(params):
+            clipped = {path: not structure.is_classifier(path) for path in flatten(params)}
+            return unflatten_like(params, clipped)
+
+        steps.append(optax.masked(optax.adaptive_grad_clip(config.clip_adaptive), not_classifier))
     if config.clip_value:
         steps.append(optax.clip(config.clip_value))
     if config.clip_norm:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
     return steps
-
-
-def _not_classifier(params):
-    flat = flatten(params)
-    return unflatten_like(params, {path: not is_classifier(path) for path in flat})
 
 
 class _AdamState(NamedTuple):
@@ -192,12 +199,12 @@ def _one_minus_power(base: float, exponent: jax.Array) -> jax.Array:
     return -jnp.expm1(exponent.astype(jnp.float32) * np.float32(np.log(base)))
 
 
-def _scale_by_depth(decay: float) -> optax.GradientTransformation:
+def _scale_by_depth(decay: float, structure: Structure) -> optax.GradientTransformation:
     """Multiplies updates by decay^(layers between the parameter and the classifier)."""
 
     def update(updates, state, params=None):
         del params
-        ids = layer_ids(flatten(updates))
+        ids = structure.layer_ids(flatten(updates))
         last = max(ids.values())
         scales = {path: decay ** (last - number) for path, number in ids.items()}
         scales = unflatten_like(updates, scales)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.weights.paths import is_classifier
+from hybrid_flax.models.structure import Structure
 
 
 def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int]:
@@ -49,7 +49,9 @@ def check_rows(rows: Sequence[int], classes: int) -> None:
         raise InputError(f"class index {repeated[0]} is given more than once")
 
 
-def select_classes(weights: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+def select_classes(
+    weights: dict[str, Any], rows: Sequence[int], structure: Structure
+) -> dict[str, Any]:
     """{path: array} of a model whose classifiers have only the given rows, in their order.
 
     Raises:
@@ -58,7 +60,7 @@ def select_classes(weights: dict[str, Any], rows: Sequence[int]) -> dict[str, An
     rows = list(rows)
 
     def select(path, array):
-        if not is_classifier(path):
+        if not structure.is_classifier(path):
             return array
         check_rows(rows, array.shape[-1])
         return array[..., rows]

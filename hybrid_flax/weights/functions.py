@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.weights.bridge import Weights, string_keys
 
 # What of each block is kept for the backward pass: everything; what comes in; and what the products
@@ -18,8 +18,6 @@ REMAT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-_BLOCK = re.compile(r"(^|/)(blocks/\d+|stages/\d+/\d+)$")
 
 
 def as_function(model: nnx.Module) -> Callable[..., Any]:
@@ -41,10 +39,11 @@ def as_training_function(
     `remat` is what the backward pass finds in memory, see `REMAT`; the rest it computes again.
     """
     with_weights = _with_weights(model)
+    policy = REMAT[remat]
 
     def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
         module = with_weights(weights)
-        with _rematerialised(module, REMAT[remat]) if REMAT[remat] else contextlib.nullcontext():
+        with _rematerialised(module, policy) if policy else contextlib.nullcontext():
             output = getattr(module, method)(*args, **kwargs)
         return output, string_keys(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 
@@ -93,17 +92,20 @@ def _recording(module: nnx.Module, records: dict[str, tuple[int, jax.Array]]):
 
 @contextlib.contextmanager
 def _rematerialised(module: nnx.Module, policy: Callable[..., bool]):
+    """Inside it, the blocks that the model's structure names are computed again backwards."""
+    structure: Structure = module.structure
+
     def kept(call, path, block, *args, **kwargs):
-        if not _BLOCK.search(path):
+        if not structure.is_block(path):
             return call(block, *args, **kwargs)
         graph, state = nnx.split(block)
-        leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves, treedef = jax.tree.flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
         @functools.partial(jax.checkpoint, policy=policy)
         def run(state, arrays):
             given = dict(zip(places, arrays, strict=True))
-            args, kwargs = structure.unflatten([given.get(i, x) for i, x in enumerate(leaves)])
+            args, kwargs = treedef.unflatten([given.get(i, x) for i, x in enumerate(leaves)])
             copy = nnx.merge(graph, state)
             return call(copy, *args, **kwargs), nnx.state(copy, nnx.BatchStat)
 
@@ -117,24 +119,41 @@ def _rematerialised(module: nnx.Module, policy: Callable[..., bool]):
 
 @contextlib.contextmanager
 def _calls_through(module: nnx.Module, through: Callable[..., Any]):
-    """Inside it, calls of submodules go through `through(call, path, submodule, *args)`."""
+    """Inside it, calls of submodules go through `through(call, path, submodule, *args)`.
+
+    A call that a submodule makes of itself, by `super().__call__`, is part of the first.
+    """
     paths = {id(part): "/".join(map(str, path)) for path, part in nnx.iter_modules(module)}
     kinds = {type(part) for _, part in nnx.iter_modules(module) if part is not module}
-    originals = {kind: kind.__dict__["__call__"] for kind in kinds if "__call__" in kind.__dict__}
+    calls = {}
+    for kind in kinds:
+        for parent in kind.__mro__:  # a class may inherit its call
+            if "__call__" in vars(parent):
+                calls[kind] = vars(parent)["__call__"]
+                break
+    own = {kind for kind in calls if "__call__" in vars(kind)}
+    running: set[int] = set()
 
     def wrapped(call):
         @functools.wraps(call)
         def wrapper(self, *args, **kwargs):
-            if id(self) in paths:
+            if id(self) not in paths or id(self) in running:
+                return call(self, *args, **kwargs)
+            running.add(id(self))
+            try:
                 return through(call, paths[id(self)], self, *args, **kwargs)
-            return call(self, *args, **kwargs)
+            finally:
+                running.discard(id(self))
 
         return wrapper
 
-    for kind, call in originals.items():
+    for kind, call in calls.items():
         kind.__call__ = wrapped(call)
     try:
         yield
     finally:
-        for kind, call in originals.items():
-            kind.__call__ = call
+        for kind, call in calls.items():
+            if kind in own:
+                kind.__call__ = call
+            else:
+                del kind.__call__

@@ -8,11 +8,6 @@ from flax import traverse_util
 from hybrid_flax.weights.bridge import Weights
 
 
-def is_classifier(path: str) -> bool:
-    """Whether a path belongs to a layer whose width is the number of classes."""
-    return path.split("/")[-2] in ("head", "token_head", "classifier")
-
-
 def flatten(tree: Any) -> dict[str, Any]:
     """{path: leaf} of nested dictionaries, and of the tuples that optimizer states are made of."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

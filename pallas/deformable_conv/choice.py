@@ -1,20 +1,14 @@
-"""Which implementation serves which shape on which platform, and why.
-
-| platform | shape | "auto" | "pallas" | why |
-|---|---|---|---|---|
-| TPU | all but maps of thousands of columns | kernel | kernel | see below |
-| GPU | groups of 8, 16, 24 or 32 channels | XLA | kernel | not yet measured to be faster |
-| GPU | others | XLA | XLA | a lane moves 16 bytes, and holds a group in its registers |
-| CPU | all | XLA | TPU kernel, interpreted | to test it: hundreds of times slower |
-
-On TPUs nothing was measured yet, as none was at hand. By the compiler's count for a v5e, which has
-16 GB, XLA's gathers need 4 to 40 GB besides arguments and result, for 128 images in the base model;
-the kernels' programs need 0.1 to 0.9 GB (`benchmarks/results/kernels_compiled.json`).
-
-`pallas/dispatch.py` reads this table.
-"""
+"""Which platforms run the kernels where nobody asks for anything, and why."""
 
 from pallas.deformable_conv import gpu, tpu
-from pallas.dispatch import Kernels
+from pallas.dispatch import Kernels, Rule
 
-KERNELS = Kernels(tpu, gpu)
+# By the compiler's count for a v5e of 16 GB, XLA's gathers need 4 to 40 GB besides arguments
+# and result, for 128 images in the base model; the kernels' programs need 0.1 to 0.9 GB
+# (benchmarks/results/kernels_compiled.json). On hardware nothing is measured yet.
+AUTO = {
+    "tpu": Rule(True, "one pass over the map"),
+    "cuda": Rule(False, "the kernel is not yet measured to be faster"),
+    "cpu": Rule(False, "there is no kernel for platform cpu"),
+}
+KERNELS = Kernels(tpu, gpu, AUTO)

@@ -38,8 +38,9 @@ class Sampling:
                 f"offsets has shape {offsets.shape}: expected [B, Ho, Wo, groups, points, 2]"
             )
         batch, height, width, groups, channels = value.shape
+        down, across = offsets.shape[1:3]
         geometry = cls(
-            height, width, *offsets.shape[1:3], groups, channels, dtype=value.dtype.name, **options
+            height, width, down, across, groups, channels, dtype=value.dtype.name, **options
         )
         if geometry.kernel_size < 1 or geometry.stride < 1 or not geometry.dilations:
             raise ValueError(

@@ -1,28 +1,25 @@
-"""Attention in windows of a feature map: one operation for every window of the five papers.
+"""Attention in windows of a feature map: Swin's, GC ViT's, CSWin's and L2ViT's.
 
-`window_attention` serves Swin's shifted windows, GC ViT's local and global-query windows, CSWin's
-stripes and L2ViT's windows; `halo_attention` serves HaloNet's blocks, whose keys come from a larger
-neighbourhood. Both take the NHWC map with query, key and value packed side by side, as one
-projection makes them, and give the NHWC map back.
+Shifted windows, local and global-query windows, stripes with locally-enhanced position: one
+operation. It takes the NHWC map with query, key and value packed side by side, as one projection
+makes them, and gives the NHWC map back.
 
-`reference.py` is the definition, `tpu*.py` and `gpu*.py` are the kernels, `choice.py` says which of
-them serves what. `pallas/README.md` explains how they work.
+`reference.py` is the definition, `tpu.py` and `gpu.py` are the kernels, `choice.py` says what
+"auto" does on each platform. `pallas/README.md` explains how they work.
 
 Shapes: B images of H×W places, h heads of d channels; windows of a×b places hold N = a·b tokens,
 numbered row-major.
 """
 
-import functools
-
 import jax
 
 from pallas.dispatch import Argument, run
 from pallas.window_attention import reference
-from pallas.window_attention.choice import kernels
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.window_attention.choice import KERNELS
+from pallas.window_attention.geometry import Windows
 from pallas.window_attention.reference import attention
 
-__all__ = ["attention", "halo_attention", "window_attention"]
+__all__ = ["attention", "window_attention"]
 
 
 def window_attention(
@@ -56,7 +53,8 @@ def window_attention(
       [B, H, W, h, d] in the dtype of `qkv`. Scores and softmax are computed in float32.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, naming the argument and the rule.
+      ValueError: shapes or dtypes that do not fit, naming the argument and the rule;
+        `implementation="pallas"` for a shape that no kernel serves (see `dispatch.run`).
     """
     window, shift = _pair("window", window), _pair("shift", shift)
     geometry = Windows.of(qkv, bias, window, shift, query, local_kernel)
@@ -72,42 +70,7 @@ def window_attention(
         Argument(query, batch=0, heads=3),
         Argument(local_kernel, heads=2),
     )
-    return run(implementation, geometry, "heads", kernels(geometry), plain, arguments)
-
-
-def halo_attention(
-    qkv: jax.Array,
-    row_table: jax.Array,
-    column_table: jax.Array,
-    *,
-    block: int,
-    halo: int,
-    implementation: str = "auto",
-) -> jax.Array:
-    """Each block of b×b queries attends to the w×w places around it, w = b + 2·halo.
-
-    (HaloNet, arXiv:2103.12731, section 2.2.) The score of query (i, j) of a block and key (a, c) of
-    its neighbourhood is d^-0.5·q·k + q·row_table[a - i + w - 1] + q·column_table[c - j + w - 1]. As
-    i does not count the halo, the first w - b rows of the tables are never read. Keys outside the
-    map do not take part.
-
-    Args:
-      qkv: [B, H, W, 3, h, d], bfloat16 or float32.
-      row_table, column_table: [2w - 1, d] float32, shared by all heads.
-      block: b, which divides H and W.
-      halo: how many places the keys reach over the block on each side.
-      implementation: "auto", "pallas" or "xla", see `choice.py`.
-
-    Returns:
-      [B, H, W, h, d] in the dtype of `qkv`. Scores and softmax are computed in float32.
-
-    Raises:
-      ValueError: shapes or dtypes that do not fit, naming the argument and the rule.
-    """
-    geometry = Halo.of(qkv, row_table, column_table, block, halo)
-    plain = functools.partial(reference.halo_attention, block=block, halo=halo)
-    arguments = (Argument(qkv, batch=0, heads=4), Argument(row_table), Argument(column_table))
-    return run(implementation, geometry, "heads", kernels(geometry), plain, arguments)
+    return run(implementation, geometry, "heads", KERNELS, plain, arguments)
 
 
 def _pair(name: str, value) -> tuple[int, int]:

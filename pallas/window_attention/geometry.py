@@ -26,14 +26,14 @@ class Windows:
     @classmethod
     def of(cls, qkv, bias, window, shift, query, local_kernel) -> "Windows":
         """Checks the arguments; raises ValueError naming the one that does not fit."""
-        height, width, heads, dim = _check_map(qkv, 3 if query is None else 2)
+        height, width, heads, dim = check_map(qkv, 3 if query is None else 2)
         if query is not None:
-            _expect("query", query, (qkv.shape[0], *window, heads, dim), qkv.dtype.name)
+            expect("query", query, (qkv.shape[0], *window, heads, dim), qkv.dtype.name)
         if bias is not None:
             tokens = math.prod(window)
-            _expect("bias", bias, (heads, tokens, tokens), "float32")
+            expect("bias", bias, (heads, tokens, tokens), "float32")
         if local_kernel is not None:
-            _expect("local_kernel", local_kernel, (3, 3, heads, dim), *DTYPES)
+            expect("local_kernel", local_kernel, (3, 3, heads, dim), *DTYPES)
         for side, span, offset in zip((height, width), window, shift, strict=True):
             if span < 1 or side % span:
                 raise ValueError(
@@ -56,40 +56,7 @@ class Windows:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Halo:
-    """All that a kernel for `halo_attention` must know beforehand, but for the batch."""
-
-    height: int
-    width: int
-    heads: int
-    dim: int
-    block: int
-    halo: int
-    dtype: str
-
-    @property
-    def window(self) -> int:
-        """Keys along each side of a neighbourhood."""
-        return self.block + 2 * self.halo
-
-    @classmethod
-    def of(cls, qkv, row_table, column_table, block, halo) -> "Halo":
-        """Checks the arguments; raises ValueError naming the one that does not fit."""
-        height, width, heads, dim = _check_map(qkv, 3)
-        if block < 1 or height % block or width % block:
-            raise ValueError(
-                f"block={block} does not divide the map of qkv {qkv.shape}. Pad the map before the "
-                "projection, as the models do"
-            )
-        if halo < 0:
-            raise ValueError(f"halo={halo}: expected 0 or more places")
-        for name, table in (("row_table", row_table), ("column_table", column_table)):
-            _expect(name, table, (2 * (block + 2 * halo) - 1, dim), "float32")
-        return cls(height, width, heads, dim, block, halo, qkv.dtype.name)
-
-
-def _check_map(qkv, parts: int) -> tuple[int, int, int, int]:
+def check_map(qkv, parts: int) -> tuple[int, int, int, int]:
     """(H, W, h, d) of a packed map."""
     what = "query, key and value" if parts == 3 else "key and value, as the query is given"
     if qkv.ndim != 6 or qkv.shape[3] != parts:
@@ -99,7 +66,7 @@ def _check_map(qkv, parts: int) -> tuple[int, int, int, int]:
     return (*qkv.shape[1:3], *qkv.shape[4:])
 
 
-def _expect(name: str, array, shape: tuple[int, ...], *dtypes: str):
+def expect(name: str, array, shape: tuple[int, ...], *dtypes: str):
     if array.shape != shape or jnp.dtype(array.dtype).name not in dtypes:
         raise ValueError(
             f"{name} is {jnp.dtype(array.dtype).name}{list(array.shape)}: expected "

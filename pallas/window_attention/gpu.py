@@ -27,8 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.window_attention.geometry import Windows
-from pallas.window_attention.gpu_tiles import (
+from pallas.tiles.gpu import (
     LOG2E,
     NEVER,
     Loads,
@@ -49,6 +48,7 @@ from pallas.window_attention.gpu_tiles import (
     store_query,
     with_parts,
 )
+from pallas.window_attention.geometry import Windows
 
 
 def refusal(geometry: Windows) -> str | None:
@@ -231,7 +231,7 @@ def forward(geometry: Windows, qkv, bias=None, query=None, local_kernel=None, *,
         resident, local, staging, loads = scratch
         (head, tile, _), (first, last) = walk.here()
         bias = _bias_of(machine, tables, head, tile, resident)
-        local = _Local(machine, geometry, *(taps or [None]), local, head)
+        local = _Local(machine, geometry, taps[0] if taps else None, local, head)
         loads = Loads(machine, walk, maps, head, tile, loads, "tww")
         loads.start_first(first, last)
 
@@ -303,7 +303,7 @@ def _backward_of_one_tile(machine, geometry, maps, bias, taps, interpret):
         squares, local, staging, loads = scratch
         (head, tile, walker), (first, last) = walk.here()
         bias = _bias_of(machine, biases, head, tile)
-        local = _Local(machine, geometry, *(taps or [None]), local, head)
+        local = _Local(machine, geometry, taps[0] if taps else None, local, head)
         loads = Loads(machine, walk, maps, head, tile, loads, "tttt")
         loads.start_first(first, last)
 
@@ -465,7 +465,7 @@ def _backward_of_keys(machine, walk, maps, bias, taps, facts, dquery, interpret)
         resident, local, staging, known, ready, loads = scratch
         (head, tile, walker), (first, last) = walk.here()
         bias = _bias_of(machine, biases, head, tile, resident)
-        local = _Local(machine, geometry, *(taps or [None]), local, head)
+        local = _Local(machine, geometry, taps[0] if taps else None, local, head)
         loads = Loads(machine, walk, maps, head, tile, loads, extents)
 
         def learn(index):

@@ -1,10 +1,12 @@
 """TPU kernels (Mosaic) for attention in windows; `pallas/README.md` has the picture.
 
 A program takes a few images, or some rows of windows of one, and one group of heads (see
-`tpu_tiles.py`). It walks the windows. Of each it loads a tile of tokens in which every line of the
+`tiles/tpu.py`). It walks the windows. Of each it loads a tile of tokens in which every line of the
 window begins at a multiple of 8, the hardware's sublanes: a 7×7 window is 7 lines of 8 tokens, the
 last of which is padding.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +14,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.tiles.tpu import MASKED, Plan, Tiles, call
 from pallas.tpu_core import BUDGETS, SUBLANES, round_up
 from pallas.window_attention.geometry import Windows
-from pallas.window_attention.tpu_plan import MASKED, Plan, plan
-from pallas.window_attention.tpu_tiles import Tiles, call
+from pallas.window_attention.tpu_plan import plan
 
 # ----------------------------------------------------------------- what forward and backward share
 
 
-class WindowKernel(Tiles):
+class WindowKernel(Tiles[Windows]):
     """What the kernels for `window_attention` do besides."""
 
     def __init__(self, geometry: Windows, cut: Plan):
@@ -184,7 +186,11 @@ class WindowKernel(Tiles):
 
 
 class _Inputs:
-    """The references that both kernels begin with."""
+    """The references that both kernels begin with; those that are not given are None."""
+
+    bias: Any
+    query: Any
+    local: Any
 
     def __init__(self, kernel: WindowKernel, refs: list):
         """Takes its own from the front of `refs`."""
@@ -249,9 +255,9 @@ def _backward_kernel(*refs, kernel: WindowKernel):
     refs = list(refs)
     inputs = _Inputs(kernel, refs)
     out_grad_ref, map_grad_ref = refs.pop(0), refs.pop(0)
-    bias_grad_ref = refs.pop(0) if geometry.has_bias else None
-    query_grad_ref = refs.pop(0) if geometry.shared_query else None
-    local_grad_ref = refs.pop(0) if geometry.has_local else None
+    bias_grad_ref: Any = refs.pop(0) if geometry.has_bias else None
+    query_grad_ref: Any = refs.pop(0) if geometry.shared_query else None
+    local_grad_ref: Any = refs.pop(0) if geometry.has_local else None
     strip_scratch, out_grad_scratch, *held = refs
     scale = geometry.dim**-0.5
 
@@ -408,7 +414,10 @@ class _Blocks:
 
     def __init__(self, geometry: Windows, batch: int, *, backward: bool):
         self.geometry, self.batch = geometry, batch
-        self.cut = plan(geometry, batch, backward=backward)
+        cut = plan(geometry, batch, backward=backward)
+        if cut is None:
+            raise ValueError(f"{geometry}: {refusal(geometry, every_core=False)}")
+        self.cut = cut
         self.kernel = WindowKernel(geometry, self.cut)
         self.channels = geometry.heads * geometry.dim
         self.width = self.cut.groups * self.cut.lanes

@@ -1,45 +1,13 @@
 """How a shape is cut into programs of the TPU kernels for attention in windows."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 
+from pallas.tiles.tpu import UNROLLED_TOKENS, Plan, largest_group
 from pallas.tpu_core import BUDGETS, LANES, SUBLANES, largest_divisor, round_up
 from pallas.window_attention.geometry import Windows
 
-MASKED = -1e30
 BLOCK_BYTES = 5 * 2**19  # about how much of the packed map one program takes
 STACK_BYTES = 2**20  # of the scores of the heads that are computed in one product
-UNROLLED_TOKENS = 512  # of windows side by side in the schedule, so that their latencies overlap
-
-
-class Plan(NamedTuple):
-    """How a shape is cut into programs.
-
-    `tall` windows, higher than wide, are walked column by column: their lines are columns.
-    """
-
-    tall: bool
-    lines: int  # of a window
-    length: int  # of a line, in tokens
-    stride: int  # of a line in a tile: length rounded up to sublanes
-    heads: int  # of a group
-    stacked: int  # heads of a group whose scores are computed at once
-    lanes: int  # of a group
-    groups: int  # of a program
-    programs: tuple[int, int, int, int]  # halves of the batch, channels, images, rows of windows
-    images: int  # of a program
-    strips: int  # rows of windows of a program
-    buffers: int  # of each block: 2 to load one while another is used
-
-    @property
-    def tokens(self) -> int:
-        return self.lines * self.stride
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the parts of the packed map come as separate blocks."""
-        return self.programs[1] > 1
 
 
 def plan(geometry: Windows, batch: int, *, backward: bool, budgets=BUDGETS) -> Plan | None:
@@ -119,11 +87,6 @@ def _strip_bytes(geometry: Windows, cut: Plan) -> int:
     """Of the packed map, in one row of windows."""
     size = jnp.dtype(geometry.dtype).itemsize
     return geometry.window[0] * geometry.width * 3 * cut.groups * cut.lanes * size
-
-
-def largest_group(heads: int, dim: int) -> int:
-    """How many heads share the lanes."""
-    return largest_divisor(heads, max(LANES, dim) // dim)
 
 
 def divisors(number: int) -> list[int]:

@@ -9,10 +9,11 @@ import numpy as np
 import hybrid_flax
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
-from pallas import deformable_conv, window_attention
+from pallas import deformable_conv, halo_attention, window_attention
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import Kernels, recorded
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention.geometry import Windows
 
 Geometry = Windows | Halo | Sampling
 DETECTION = (800, 1344)  # pixels of an image, padded, as detectors are trained
@@ -20,9 +21,8 @@ DETECTION = (800, 1344)  # pixels of an image, padded, as detectors are trained
 
 def kernels(geometry: Geometry) -> Kernels:
     """The modules that serve a geometry."""
-    if isinstance(geometry, Sampling):
-        return deformable_conv.choice.KERNELS
-    return window_attention.choice.kernels(geometry)
+    operations = {Sampling: deformable_conv, Windows: window_attention, Halo: halo_attention}
+    return operations[type(geometry)].choice.KERNELS
 
 
 def arrays(geometry: Geometry, batch: int):
@@ -86,12 +86,13 @@ def definition(geometry: Geometry):
     """`reference.py` with the arguments of a kernel."""
     if isinstance(geometry, Sampling):
         return functools.partial(deformable_conv.reference.deformable_sampling, geometry)
-    reference = window_attention.reference
     if isinstance(geometry, Halo):
-        return functools.partial(reference.halo_attention, block=geometry.block, halo=geometry.halo)
+        return functools.partial(
+            halo_attention.reference.halo_attention, block=geometry.block, halo=geometry.halo
+        )
 
     def attend(qkv, bias, query, local_kernel):
-        return reference.window_attention(
+        return window_attention.reference.window_attention(
             qkv,
             bias,
             window=geometry.window,

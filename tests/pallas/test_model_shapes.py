@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from pallas.dispatch import choose
-from pallas.window_attention import tpu_tiles
+from pallas.tiles import tpu as tpu_tiles
 from tests.pallas.cases import differences, kernels, model_geometries
 
 # Families share shapes.

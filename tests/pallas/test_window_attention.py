@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hybrid_flax.layers import relative_position_bias
-from pallas.dispatch import choose
-from pallas.window_attention import halo_attention, reference, window_attention
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.dispatch import UnservedShapeError, choose
+from pallas.halo_attention import halo_attention
+from pallas.halo_attention.geometry import Halo
+from pallas.window_attention import reference, window_attention
+from pallas.window_attention.geometry import Windows
 from tests.pallas.cases import arrays, differences, distance, kernels
 from tests.parity import GOLDEN
 
@@ -259,3 +261,26 @@ def test_what_does_not_fit_a_halo_is_named(block, halo, table, message):
     with pytest.raises(ValueError) as error:
         halo_attention(qkv, table, table, block=block, halo=halo)
     assert message in str(error.value)
+
+
+def tall_and_shifted(qkv):
+    return window_attention(qkv, window=(14, 7), shift=(3, 3), implementation="pallas").sum()
+
+
+def test_a_kernel_that_was_asked_for_is_not_replaced_in_silence():
+    qkv = jnp.ones((1, 14, 14, 3, 1, 32))
+    message = r"no kernel for platform cpu serves Windows\(.*window=\(14, 7\).*higher than wide"
+    for function in (tall_and_shifted, jax.grad(tall_and_shifted)):
+        with pytest.raises(UnservedShapeError, match=message):
+            jax.jit(function)(qkv)
+
+
+def test_only_the_platform_that_is_lowered_for_refuses():
+    """Float32 is for TPUs, whoever traces it."""
+    qkv = jax.ShapeDtypeStruct((1, 14, 14, 3, 1, 32), jnp.float32)
+    traced = jax.jit(lambda qkv: window_attention(qkv, window=7, implementation="pallas")).trace(
+        qkv
+    )
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    with pytest.raises(UnservedShapeError, match="platform cuda .*bfloat16, not float32"):
+        traced.lower(lowering_platforms=("cuda",))

@@ -11,8 +11,9 @@ pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas.window_attention import gpu_tiles
-from pallas.window_attention.geometry import Halo, Windows
+from pallas.halo_attention.geometry import Halo
+from pallas.tiles import gpu as gpu_tiles
+from pallas.window_attention.geometry import Windows
 from tests.pallas.cases import arrays, definition, distance, kernels
 
 # (batch, geometry); heads have 32 channels.

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pallas.window_attention import tpu_tiles
+from pallas.dispatch import recorded
+from pallas.tiles import tpu as tpu_tiles
 from tests.training.digits import prepare
 
 STEPS = 20
@@ -22,7 +23,11 @@ def test_the_loss_curve_is_the_same_on_every_path(name):
     curves = {}
     for implementation in ("pallas", "xla"):
         changes = {"model__implementation": implementation, "optimizer__learning_rate": 1e-3}
-        step, state, batches = prepare(name, 2, **changes)
+        with recorded() as calls:
+            step, state, batches = prepare(name, 2, **changes)
+            step.trace(state, next(batches))
+        kernels = {choices["cpu"].kernel for _, choices in calls}
+        assert kernels == {"tpu interpreted" if implementation == "pallas" else None}
         losses = curves[implementation] = []
         for batch in itertools.islice(batches, STEPS):
             state, metrics = step(state, batch)

@@ -18,12 +18,6 @@ from hybrid_flax.models.gramian.cswin import GACSWin
 from hybrid_flax.models.gramian.resnet import GAResNet
 from hybrid_flax.models.gramian.vit import GAViT
 
-# (class, variants, published): as the registry takes them
-FAMILIES = (
-    (GAConvNeXt, convnext.VARIANTS, convnext.PUBLISHED),
-    (GACSWin, cswin.VARIANTS, cswin.PUBLISHED),
-    (GAResNet, resnet.VARIANTS, resnet.PUBLISHED),
-    (GAViT, vit.VARIANTS, vit.PUBLISHED),
-)
+FAMILIES = (convnext.FAMILY, cswin.FAMILY, resnet.FAMILY, vit.FAMILY)
 
 __all__ = ["FAMILIES", "GACSWin", "GAConvNeXt", "GAResNet", "GAViT"]

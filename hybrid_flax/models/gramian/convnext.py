@@ -5,6 +5,7 @@ Stage 4 is narrower than ConvNeXt's. All convolutions and linear layers start no
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from hybrid_flax.layers import (
     normal_init,
     split_key,
 )
+from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
 
 EPSILON = 1e-6  # of the trunk's and the gram layers' norms; the heads' own have 1e-5
 
@@ -171,6 +173,11 @@ class GAConvNeXt(GramianNet):
     """
 
     trunk_class = ConvNeXt
+    structure = STRUCTURE._replace(
+        blocks=r"trunk/stages/(\d+)/blocks/(\d+)/|trunk/stage(5)/",
+        opens_next_stage=r"trunk/downsamplers/(\d+)/",
+        head_blocks=r"heads/\d+/gram_layer/blocks/\d+/",
+    )
 
     @staticmethod
     def make_head(variant: Variant, num_classes: int, **options) -> Head:
@@ -182,6 +189,11 @@ class GAConvNeXt(GramianNet):
             gram_layer=Stage(variant.gram_dim, [variant.drop_path], **options),
             **options,
         )
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 2, 1), "dims": (16, 16, 16, 32), **TINY_HEADS}
 
 
 # ----------------------------------------------------------------------------- the published ones
@@ -206,3 +218,5 @@ PUBLISHED = {
     "ga_convnext_s_768": published(None, 76_726_424, None),
     "ga_convnext_b_1024": published(None, 128_839_176, None),
 }
+
+FAMILY = Family(GAConvNeXt, VARIANTS, PUBLISHED, tiny)

@@ -9,6 +9,7 @@ Convolutions start as PyTorch's do, linear layers normal with deviation 0.02 and
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ from hybrid_flax.layers import (
     window_attention,
 )
 from hybrid_flax.layers.convolutions import pytorch_init
+from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
 
 HEAD_DIM = 32
 
@@ -49,7 +51,6 @@ class Variant:
     stage5: str = "block"  # or "bottleneck", as in GA-ConvNeXt
     gram_dim: int = 192
     heads: int = 5
-    attention: str = "auto"  # or "pallas", "xla": see pallas/window_attention/choice.py
 
 
 class Stem(nnx.Module):
@@ -94,14 +95,14 @@ class Block(nnx.Module):
         dim: int,
         split: int | None,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.branches = 1 if split is None else 2
         self.split = split
-        self.attention = attention
+        self.implementation = implementation
         self.dtype = dtype
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
@@ -139,7 +140,7 @@ class Block(nnx.Module):
                 qkv.reshape(*x.shape[:3], 3, heads, HEAD_DIM),
                 window=window,
                 local_kernel=self.lepe[i].kernel[...].reshape(3, 3, heads, HEAD_DIM),
-                implementation=self.attention,
+                implementation=self.implementation,
             )
             lepe_bias = self.lepe[i].bias[...].astype(out.dtype)
             maps.append(out.reshape(*x.shape[:3], -1) + lepe_bias.reshape(1, 1, 1, -1))
@@ -160,14 +161,14 @@ class AggregatedBlock(nnx.Module):
         out_dim: int,
         split: int,
         drop_path_rate: float,
-        attention: str,
+        implementation: str,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         mix = PointwiseConv(dim, out_dim, use_bias=True, dtype=dtype, rngs=rngs)
         self.mix = ConvNorm(mix, out_dim, dtype=dtype, rngs=rngs)
-        self.block = Block(out_dim, split, drop_path_rate, attention, dtype=dtype, rngs=rngs)
+        self.block = Block(out_dim, split, drop_path_rate, implementation, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, key: jax.Array | None = None
@@ -178,7 +179,15 @@ class AggregatedBlock(nnx.Module):
 class CSWin(nnx.Module):
     """The trunk: stem, four stages, their aggregation, stage 5."""
 
-    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        variant: Variant,
+        image_size: int,
+        *,
+        implementation: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         splits = variant.splits
         step = math.lcm(32, 4 * splits[0], 8 * splits[1], 16 * splits[2])
         if image_size < step or image_size % step:
@@ -205,7 +214,7 @@ class CSWin(nnx.Module):
         self.stages = nnx.List(
             [
                 nnx.List(
-                    [Block(dim, split, rate, variant.attention, **options) for rate in stage_rates]
+                    [Block(dim, split, rate, implementation, **options) for rate in stage_rates]
                 )
                 for dim, split, stage_rates in zip(dims, (*splits, None), rates, strict=True)
             ]
@@ -213,7 +222,7 @@ class CSWin(nnx.Module):
         aggregated = sum(dims) + variant.taps * dims[2]
         if variant.stage5 == "block":
             self.stage5 = AggregatedBlock(
-                aggregated, dims[3], splits[2], variant.drop_path, variant.attention, **options
+                aggregated, dims[3], splits[2], variant.drop_path, implementation, **options
             )
         else:
             self.stage5 = Bottleneck(
@@ -256,9 +265,11 @@ class GACSWin(GramianNet):
     """
 
     trunk_class = CSWin
+    structure = STRUCTURE._replace(opens_next_stage=r"trunk/merges/(\d+)/")
+    has_kernels = True
 
     @staticmethod
-    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+    def make_head(variant: Variant, num_classes: int, *, implementation: str, **options) -> Head:
         dim = 8 * variant.dim
         return Head(
             dim,
@@ -271,12 +282,23 @@ class GACSWin(GramianNet):
                 variant.gram_dim,
                 variant.splits[2],
                 variant.drop_path,
-                variant.attention,
+                implementation,
                 **options,
             ),
             kernel_init=pytorch_init,
             **options,
         )
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {
+        "image_size": 64,
+        "depths": (1, 1, 2, 1),
+        "splits": (1, 2, 2),
+        **TINY_HEADS,
+        "gram_dim": 64,
+    }
 
 
 # ----------------------------------------------------------------------------- the published ones
@@ -292,3 +314,5 @@ PUBLISHED = {
     "ga_cswin_t": published(84.1, 43_431_816, 6.1),
     "ga_cswin_s": published(84.7, 55_754_568, 8.7),
 }
+
+FAMILY = Family(GACSWin, VARIANTS, PUBLISHED, tiny)

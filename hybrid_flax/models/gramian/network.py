@@ -1,5 +1,8 @@
 """A trunk and its heads: what all Gramian attention models have in common."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,11 +11,25 @@ from jaxtyping import Array, Float
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import check_images, split_key, training_key
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.gramian.heads import Head
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
+
+# What the kinds have in common; they add their blocks.
+STRUCTURE = Structure(
+    stem=r"trunk/stem/",
+    blocks=r"trunk/stages/(\d+)/(\d+)/|trunk/stage(5)/",
+    end=r"heads/",
+    classifier=r"heads/\d+/classifier/",
+)
 
 
-class GramianNet(nnx.Module):
+# Of each kind's `tiny` model; the taps are places in stage 3 whose maps are aggregated, too.
+TINY_HEADS = {"gram_dim": 16, "heads": 2, "taps": 1}
+
+
+class GramianNet(Backbone):
     """Images [B, H, W, 3], normalised, to the sum of the heads' logits; training: to each head's.
 
     A kind of model says what its trunk is and what its heads are:
@@ -21,12 +38,14 @@ class GramianNet(nnx.Module):
       `(images, train, key)` and returns its named maps in order; the last is what the heads see.
       Its attribute `sides` holds the smallest and the largest height and width that it takes.
     - `make_head(variant, num_classes, dtype=, rngs=)`. Variants say how many there are.
+
+    Both are given `implementation=` too where the kind `has_kernels`.
     """
 
-    trunk_class: type[nnx.Module]
+    trunk_class: ClassVar[Callable[..., nnx.Module]]
 
     @staticmethod
-    def make_head(variant, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Head:
+    def make_head(variant, num_classes: int, **options) -> Head:
         raise NotImplementedError
 
     def __init__(
@@ -36,14 +55,15 @@ class GramianNet(nnx.Module):
         num_classes: int,
         image_size: int,
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
-        self.trunk = self.trunk_class(variant, image_size, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        if self.has_kernels:
+            options["implementation"] = implementation
+        self.trunk = type(self).trunk_class(variant, image_size, **options)
         self.heads = nnx.List(
-            [
-                self.make_head(variant, num_classes, dtype=dtype, rngs=rngs)
-                for _ in range(variant.heads)
-            ]
+            [self.make_head(variant, num_classes, **options) for _ in range(variant.heads)]
         )
         self.image_size = image_size
         self.dtype = dtype
@@ -58,11 +78,6 @@ class GramianNet(nnx.Module):
         """
         maps = self.intermediates(images, train=train, key=key)
         return maps["head_logits"] if train else maps["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """Outputs of stages 1 to 4, strides 4, 8, 16 and 32, without a norm."""
-        maps = self.intermediates(images)
-        return [maps[f"stage{i}"] for i in range(1, 5)]
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None

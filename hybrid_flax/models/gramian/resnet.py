@@ -12,6 +12,7 @@ heads as in GA-ConvNeXt.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,9 +21,10 @@ from jaxtyping import Array, Float
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import BatchNorm, conv, drop_path_rates, normal_init, split_key
+from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
 
 he_init = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 
@@ -115,11 +117,17 @@ class GAResNet(GramianNet):
     """GA-ResNet50, a reconstruction. Heights and widths from image_size - 15 to image_size."""
 
     trunk_class = ResNet
+    structure = STRUCTURE
 
     @staticmethod
     def make_head(variant: Variant, num_classes: int, **options) -> Head:
         dim = 4 * variant.widths[3]
         return Head(dim, num_classes, gram_dim=variant.gram_dim, head_channels=dim // 32, **options)
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {"image_size": 32, "depths": (1, 1, 2, 1), "widths": (8, 8, 8, 8), **TINY_HEADS}
 
 
 # ----------------------------------------------------------------------------- the published one
@@ -129,3 +137,5 @@ VARIANTS = {"ga_resnet50": Variant((64, 128, 256, 200), (3, 4, 6, 3), 3, 0.1)}
 # Parameters of this reconstruction (published: 41.3 million); top-1 and FLOPs as the authors'
 # README prints them. Drop path is our choice.
 PUBLISHED = {"ga_resnet50": published(82.5, 41_344_776, 5.2)}
+
+FAMILY = Family(GAResNet, VARIANTS, PUBLISHED, tiny)

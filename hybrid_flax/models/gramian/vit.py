@@ -11,6 +11,7 @@ Everything starts normal with deviation 0.02, biases at 0; norms have ε = 1e-6 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ from hybrid_flax.layers import (
     normal_init,
     split_key,
 )
+from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, GramianNet, published
 
 PATCH = 16
 HEAD_DIM = 64
@@ -107,6 +109,12 @@ class GAViT(GramianNet):
     """GA-ViT-S, a reconstruction. Heights and widths of image_size only, a multiple of 16."""
 
     trunk_class = ViT
+    structure = STRUCTURE._replace(
+        stem=r"trunk/(?:patches/|positions$)",
+        blocks=r"trunk/blocks/(\d+)/",
+        end=r"trunk/norm/|heads/",
+    )
+    feature_maps = ("norm",)  # of stride 16
 
     @staticmethod
     def make_head(variant: Variant, num_classes: int, **options) -> Head:
@@ -118,9 +126,17 @@ class GAViT(GramianNet):
             **options,
         )
 
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """One map only, of stride 16: the trunk's output, [B, H/16, W/16, C], after its norm."""
-        return [self.intermediates(images)["norm"]]
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    return {
+        "image_size": 32,
+        "dim": 64,
+        "depth": 2,
+        "head_channels": 2,
+        "gram_dim": 16,
+        "heads": 2,
+    }
 
 
 # ----------------------------------------------------------------------------- the published one
@@ -130,3 +146,5 @@ VARIANTS = {"ga_vit_s": Variant(384, 12, 6, 128, 0.1)}
 # Parameters of this reconstruction (published: 27.7 million); top-1 and FLOPs as the authors'
 # README prints them. Drop path is our choice.
 PUBLISHED = {"ga_vit_s": published(80.9, 27_691_016, 4.3)}
+
+FAMILY = Family(GAViT, VARIANTS, PUBLISHED, tiny)

@@ -30,7 +30,7 @@ class DeformableConv(Mixer):
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups = dim // GROUP_DIM
-        self.implementation = place.attention
+        self.implementation = place.implementation
         points = self.groups * KERNEL**2
         self.value_proj = linear(dim, dim, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(

@@ -36,7 +36,7 @@ class HaloAttention(Mixer):
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
-        self.attention = place.attention
+        self.implementation = place.implementation
         self.dtype = dtype
         self.q = linear(dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         # Of each head the key, then the value.
@@ -66,7 +66,7 @@ class HaloAttention(Mixer):
             self.column_table[...],
             block=BLOCK,
             halo=HALO,
-            implementation=self.attention,
+            implementation=self.implementation,
         )
         return self.proj(out.reshape(*x.shape[:3], dim)[:, :height, :width])
 

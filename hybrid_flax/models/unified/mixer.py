@@ -14,7 +14,7 @@ class Place(NamedTuple):
     block: int  # 0, 1, … within the stage
     side: int  # of the stage's map, for images of the size that the model is built for
     detection: bool  # whether images of any size will come
-    attention: str = "auto"  # which implementation: see pallas/*/choice.py
+    implementation: str = "auto"  # of its operation in pallas/: "auto", "pallas" or "xla"
 
 
 class Mixer(nnx.Module):

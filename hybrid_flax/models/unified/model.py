@@ -14,6 +14,7 @@ Shapes: B images, H×W map, C channels.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ from hybrid_flax.layers import (
     split_key,
     training_key,
 )
+from hybrid_flax.models.backbone import Backbone, Family
 from hybrid_flax.models.info import EvalTransform, ModelInfo
+from hybrid_flax.models.structure import Structure
 from hybrid_flax.models.unified.deformable import DeformableConv
 from hybrid_flax.models.unified.depthwise import DepthwiseMixer
 from hybrid_flax.models.unified.halo import HaloAttention
@@ -67,8 +70,6 @@ class Variant:
     # The trunk of a detector. The authors train it with a drop path of 0.1 (micro), 0.2 (tiny,
     # small) or 0.3 (base).
     detection: bool = False
-    # Of windows, halos and deformable sampling: "auto", "pallas" or "xla", see pallas/*/choice.py.
-    attention: str = "auto"
 
 
 class Stem(nnx.Module):
@@ -145,6 +146,7 @@ class Stage(nnx.Module):
         side: int,
         drop_path_rates: list[float],
         *,
+        implementation: str,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -157,7 +159,7 @@ class Stage(nnx.Module):
                 Block(
                     MIXERS[variant.mixer],
                     dim,
-                    Place(stage, index, side, variant.detection, variant.attention),
+                    Place(stage, index, side, variant.detection, implementation),
                     mlp_ratio=variant.mlp_ratios[stage],
                     drop_path_rate=rate,
                     dtype=dtype,
@@ -188,14 +190,24 @@ class ConvHead(nnx.Module):
         return jax.nn.gelu(self.norm(self.conv(x), train), approximate=False)
 
 
-class Unified(nnx.Module):
+class Unified(Backbone):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
     Which image sizes a classifier takes depends on its mixer: convnext any, internimage multiples
     of 32, pvt the size it is built for, halonet and swin multiples of 224 (these three also up to 3
     pixels less). With `detection=True` there is no classifier, and images may have any size, with
-    internimage multiples of 32.
+    internimage multiples of 32. The maps of `features` are normed.
     """
+
+    structure = Structure(
+        stem=r"stem/",
+        opens_stage=r"stages/(\d+)/downsample/",
+        blocks=r"stages/(\d+)/blocks/(\d+)/",
+        closes_stage=r"stages/(\d+)/norm/",
+        end=r"conv_head/|head/",
+    )
+    has_kernels = True
+    dense_map = "conv_head"
 
     def __init__(
         self,
@@ -204,11 +216,15 @@ class Unified(nnx.Module):
         num_classes: int,
         image_size: int,
         dtype: DTypeLike,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if variant.mixer not in MIXERS:
             raise InputError(f"unknown mixer {variant.mixer!r}. Known: {', '.join(MIXERS)}")
         self.variant = variant
+        self.detection = variant.detection
+        if variant.detection:
+            self.feature_maps = ("out1", "out2", "out3", "out4")
         self.image_size = image_size
         self.dtype = dtype
         if reason := self._refusal(image_size, image_size):
@@ -218,7 +234,15 @@ class Unified(nnx.Module):
         rates = drop_path_rates(variant.drop_path, variant.depths)
         self.stages = nnx.List(
             [
-                Stage(variant, i, image_size // (4 * 2**i), rates[i], dtype=dtype, rngs=rngs)
+                Stage(
+                    variant,
+                    i,
+                    image_size // (4 * 2**i),
+                    rates[i],
+                    implementation=implementation,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
                 for i in range(4)
             ]
         )
@@ -227,36 +251,8 @@ class Unified(nnx.Module):
             self.conv_head = ConvHead(last, wide, dtype=dtype, rngs=rngs)
             self.head = linear(wide, num_classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits, float32. `train=True` switches drop path on and needs a PRNG `key`.
-
-        Raises InputError for a size that does not fit, and always with `detection=True`.
-        """
-        self._check_classifier()
-        return self.intermediates(images, train=train, key=key)["logits"]
-
-    def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
-        """The maps that dense prediction uses: each stage's, normed; strides 4, 8, 16 and 32."""
-        maps = self.intermediates(images)
-        label = "out" if self.variant.detection else "stage"
-        return [maps[f"{label}{i}"] for i in range(1, 5)]
-
-    def dense_logits(self, images: Array) -> Float[Array, "B _H _W classes"]:
-        """The logits of each place of the last map, whose mean is the image's; float32.
-
-        Raises InputError as `__call__` does.
-        """
-        self._check_classifier()
-        return self.head(self.intermediates(images)["conv_head"])
-
-    def _check_classifier(self):
-        if self.variant.detection:
-            raise InputError(
-                "this model was built with detection=True and has no classifier: call "
-                "features(images)"
-            )
+    def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
+        return self.head(x)
 
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
@@ -275,13 +271,13 @@ class Unified(nnx.Module):
         maps = {"stem": (x := self.stem(images.astype(self.dtype)))}
         for i, stage in enumerate(self.stages, start=1):
             blocks, normed = stage(x, keys[i - 1])
-            if self.variant.detection:
+            if self.detection:
                 x = maps[f"stage{i}"] = blocks
                 maps[f"out{i}"] = normed
             else:
                 maps[f"stage{i}_blocks"] = blocks
                 x = maps[f"stage{i}"] = normed
-        if not self.variant.detection:
+        if not self.detection:
             maps["conv_head"] = self.conv_head(x, train)
             maps["pooled"] = maps["conv_head"].mean((1, 2), dtype=jnp.float32)
             maps["logits"] = self.head(maps["pooled"])
@@ -292,6 +288,18 @@ class Unified(nnx.Module):
         if min(height, width) < 1:
             return "images have at least one pixel"
         return MIXERS[variant.mixer].refusal(height, width, self.image_size, variant.detection)
+
+
+def tiny(variant: Variant) -> dict[str, Any]:
+    """Arguments of `create_model` for a model of a few small blocks, for tests."""
+    if variant.mixer in ("halonet", "swin"):  # whose windows need 7×7 places in every stage
+        return {"image_size": 224, "depths": (1, 1, 1, 1), "dims": (32, 32, 32, 32)}
+    return {
+        "image_size": 32,
+        "depths": (1, 1, 1, 1),
+        "dims": (32, 32, 80, 64),
+        "mlp_ratios": (2, 2, 2, 2),
+    }
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -364,3 +372,5 @@ PUBLISHED = {
         ("unified_internimage_base", 84.5, 97_465_192, 15.997),
     )
 }
+
+FAMILY = Family(Unified, VARIANTS, PUBLISHED, tiny)

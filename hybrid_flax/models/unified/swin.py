@@ -39,7 +39,7 @@ class ShiftedWindowAttention(Mixer):
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
-        self.attention = place.attention
+        self.implementation = place.implementation
         self.window = WINDOW if place.detection else _window(place.side)
         shifts = place.block % 2 == 1 and (place.detection or place.side > WINDOW)
         self.shift = SHIFT if shifts else 0
@@ -72,6 +72,6 @@ class ShiftedWindowAttention(Mixer):
             relative_position_bias(self.position_bias[...], self.window),
             window=self.window,
             shift=self.shift,
-            implementation=self.attention,
+            implementation=self.implementation,
         )
         return self.proj(out.reshape(*x.shape[:3], dim)[:, :height, :width])

@@ -15,6 +15,7 @@ writes the gradients of all its keys and values, and XLA adds them up.
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.window_attention.geometry import Halo, Windows
-from pallas.window_attention.gpu_tiles import (
+from pallas.halo_attention.geometry import Halo
+from pallas.tiles.gpu import (
     LOG2E,
     NEVER,
     Loads,
@@ -41,6 +42,7 @@ from pallas.window_attention.gpu_tiles import (
     softmax,
     with_parts,
 )
+from pallas.window_attention.geometry import Windows
 
 HALF = 16  # key lines, and key columns, that a row of logits has place for
 
@@ -323,7 +325,7 @@ def _add_overlaps(geometry: Halo, near, batch: int):
     down, across = geometry.height // block, geometry.width // block
     near = near.reshape(batch, down, across, span, span, -1)
     reach = -(-halo // block)
-    total = 0.0
+    total: Any = 0.0
     for cells in itertools.product(range(-reach, reach + 1), repeat=2):
         # The part of a neighbourhood that lies on the block so many cells further.
         lines, gaps = zip(*(_overlap(geometry, cell) for cell in cells), strict=True)

@@ -7,21 +7,69 @@ all heads, [heads·tokens, tokens], and nothing ever moves across lanes.
 
 import dataclasses
 import functools
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu_core import VMEM_BYTES, largest_divisor
-from pallas.window_attention.geometry import Halo, Windows
-from pallas.window_attention.tpu_plan import UNROLLED_TOKENS, Plan
+from pallas.tpu_core import LANES, VMEM_BYTES, largest_divisor
+
+MASKED = -1e30
+UNROLLED_TOKENS = 512  # of windows side by side in the schedule, so that their latencies overlap
 
 
-class Tiles:
+class Plan(NamedTuple):
+    """How a shape is cut into programs.
+
+    `tall` windows, higher than wide, are walked column by column: their lines are columns.
+    """
+
+    tall: bool
+    lines: int  # of a window
+    length: int  # of a line, in tokens
+    stride: int  # of a line in a tile: length rounded up to sublanes
+    heads: int  # of a group
+    stacked: int  # heads of a group whose scores are computed at once
+    lanes: int  # of a group
+    groups: int  # of a program
+    programs: tuple[int, int, int, int]  # halves of the batch, channels, images, rows of windows
+    images: int  # of a program
+    strips: int  # rows of windows of a program
+    buffers: int  # of each block: 2 to load one while another is used
+
+    @property
+    def tokens(self) -> int:
+        return self.lines * self.stride
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the parts of the packed map come as separate blocks."""
+        return self.programs[1] > 1
+
+
+def largest_group(heads: int, dim: int) -> int:
+    """How many heads share the lanes."""
+    return largest_divisor(heads, max(LANES, dim) // dim)
+
+
+class Geometry(Protocol):
+    """The fields that both attentions' geometries have."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+G = TypeVar("G", bound=Geometry)
+
+
+class Tiles(Generic[G]):
     """The arithmetic on tiles, [tokens, lanes] in float32, inside a program."""
 
-    def __init__(self, geometry: Windows | Halo, cut: Plan):
+    def __init__(self, geometry: G, cut: Plan):
         self.geometry, self.cut = geometry, cut
         self.dtype = jnp.dtype(geometry.dtype)
         self.precision = lax.Precision.HIGHEST if geometry.dtype == "float32" else None

@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.halo_attention.geometry import Halo
+from pallas.tiles.tpu import MASKED, Plan, Tiles, call, largest_group
 from pallas.tpu_core import BUDGETS, LANES, SUBLANES, round_up
-from pallas.window_attention.geometry import Halo
-from pallas.window_attention.tpu_plan import MASKED, Plan, largest_group
-from pallas.window_attention.tpu_tiles import Tiles, call
 
 
 def plan(geometry: Halo, batch: int, *, backward: bool, budgets=BUDGETS) -> Plan | None:
@@ -71,7 +70,7 @@ def vmem_bytes(geometry: Halo, cut: Plan, *, backward: bool) -> int:
     return cut.buffers * blocks + fixed + (2 + 2 * backward) * scores
 
 
-class HaloKernel(Tiles):
+class HaloKernel(Tiles[Halo]):
     """The arithmetic of one geometry inside a program."""
 
     def __init__(self, geometry: Halo, cut: Plan):
@@ -374,7 +373,10 @@ class _Blocks:
 
     def __init__(self, geometry: Halo, qkv, *, backward: bool):
         self.geometry = geometry
-        self.cut = plan(geometry, qkv.shape[0], backward=backward)
+        cut = plan(geometry, qkv.shape[0], backward=backward)
+        if cut is None:
+            raise ValueError(f"{geometry}: {refusal(geometry, every_core=False)}")
+        self.cut = cut
         self.kernel = HaloKernel(geometry, self.cut)
 
     def map_like(self, qkv, parts):

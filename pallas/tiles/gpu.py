@@ -1,6 +1,6 @@
 """Windows of a map on a Hopper GPU: how they lie in shared memory, who walks them, how they move.
 
-`gpu.py` and `gpu_halo.py` have the kernels made of these.
+`window_attention/gpu.py` and `halo_attention/gpu.py` have the kernels made of these.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import operator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.window_attention.geometry import Windows
+if TYPE_CHECKING:
+    from pallas.window_attention.geometry import Windows
 
 # JAX before 0.12 wants to be told which part of a reference to load.
 _ALL = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
@@ -89,7 +91,7 @@ class Walk:
     """Which windows a CTA walks: contiguous ones, and whole images if they share a query."""
 
     batch: int
-    geometry: Windows
+    geometry: "Windows"
     per_multiprocessor: int
     halo: int = 0  # how many places the keys reach over a window on each side
 
@@ -200,7 +202,7 @@ class Machine:
         """A buffer as a matrix [rows, columns]."""
         if self.interpret:
             return ref
-        tiled = plgpu.TilingTransform((8, self.dim)).undo(None)
+        tiled = plgpu.TilingTransform((8, self.dim)).undo(None)  # type: ignore[arg-type]  # reads no type
         return dataclasses.replace(ref, transforms=(*ref.transforms, tiled))
 
     def table(self, rows: int, columns: int):
