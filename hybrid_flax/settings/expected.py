@@ -1,10 +1,12 @@
-"""Kinds of values that a setting may have, each with a test and with words for a person."""
+"""How a setting is declared, and kinds of values: each with a test, and words for a person."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +16,28 @@ class Expected:
     words: str
     fits: Callable[[Any], bool]
     choices: tuple[Any, ...] = ()  # all values, where they can be listed
+
+
+def setting(
+    meaning: str,
+    expected: Expected,
+    default: T | dataclasses._MISSING_TYPE = dataclasses.MISSING,
+    *,
+    free: bool = False,
+    of_host: bool = False,
+) -> T:
+    """Declares a field of a section; without a default every config has to give it."""
+    about = {
+        "meaning": meaning,
+        "expected": expected,
+        "free": free or of_host,
+        "of_host": of_host,
+    }
+    if isinstance(default, dict):
+        found: Any = dataclasses.field(default_factory=default.copy, metadata=about)
+    else:
+        found = dataclasses.field(default=default, metadata=about)
+    return found
 
 
 def whole(low: int, high: float = math.inf, *, special: tuple[int, ...] = ()) -> Expected:

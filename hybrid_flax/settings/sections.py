@@ -9,7 +9,7 @@ lacks it is read as having its default.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from hybrid_flax.settings.expected import (
     FIELDS_BY_NAME,
@@ -23,12 +23,11 @@ from hybrid_flax.settings.expected import (
     number,
     one_of,
     rules,
+    setting,
     several,
     text_like,
     whole,
 )
-
-T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")  # of the device mesh
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -43,37 +42,15 @@ NOT_NEGATIVE = number(0)
 POSITIVE = number(0, above=True)
 
 
-def setting(
-    meaning: str,
-    expected: Expected,
-    default: T | dataclasses._MISSING_TYPE = dataclasses.MISSING,
-    *,
-    free: bool = False,
-    of_host: bool = False,
-) -> T:
-    """Declares a field of a section; without a default every config has to give it."""
-    about = {
-        "meaning": meaning,
-        "expected": expected,
-        "free": free or of_host,
-        "of_host": of_host,
-    }
-    if isinstance(default, dict):
-        found: Any = dataclasses.field(default_factory=default.copy, metadata=about)
-    else:
-        found = dataclasses.field(default=default, metadata=about)
-    return found
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """Which network is trained, and how it is computed."""
 
-    name: str = setting("one of `hybrid_flax.list_models()`", NAME)
+    name: str = setting("model, one of `hybrid_flax.list_models()`", NAME)
     num_classes: int = setting("width of the classifier; 0: the dataset's classes", whole(0), 0)
-    image_size: int = setting("height and width of its images, in pixels", whole(1))
+    image_size: int = setting("height and width of the model's images, in pixels", whole(1))
     dtype: str = setting(
-        "of the computation; parameters and optimizer are float32",
+        "type of the computation; parameters and optimizer are float32",
         one_of("bfloat16", "float32"),
         "bfloat16",
     )
@@ -82,8 +59,8 @@ class Model:
         "train as in evaluation: running statistics, no drop path", FLAG, False
     )
     implementation: str = setting(
-        "of attention in windows and deformable sampling: Pallas kernels or XLA; auto: by "
-        "pallas/*/choice.py",
+        "what computes attention in windows and deformable sampling, Pallas kernels or XLA; auto: "
+        "as pallas/*/choice.py says",
         one_of(*IMPLEMENTATIONS),
         "auto",
     )
@@ -112,9 +89,9 @@ class Dataset:
     )
     path: str = setting("folder of the images, or TFDS's data folder", TEXT, "", of_host=True)
     train_split: str = setting(
-        "what the data calls it, or a part of it: `train[:90%]`", NAME, "train"
+        "name of the training images in the data, or of a part: `train[:90%]`", NAME, "train"
     )
-    val_split: str = setting("likewise, of the images that measure accuracy", NAME, "val")
+    val_split: str = setting("name of the images that measure accuracy, likewise", NAME, "val")
     index: str = setting(
         "folder for the index of tar files; empty: beside them", TEXT, "", of_host=True
     )
@@ -126,12 +103,12 @@ class Dataset:
         "exact",
     )
     mean: tuple[float, float, float] = setting(
-        "of red, green and blue, for values from 0 to 1: what is subtracted",
+        "mean of red, green and blue as values from 0 to 1, which is subtracted",
         several(3, FRACTION, "three numbers from 0 to 1"),
         (0.485, 0.456, 0.406),
     )
     std: tuple[float, float, float] = setting(
-        "standard deviation likewise: what is divided by",
+        "standard deviation likewise, which divides",
         several(3, POSITIVE, "three finite numbers above 0"),
         (0.229, 0.224, 0.225),
     )
@@ -139,7 +116,7 @@ class Dataset:
         "processes that prepare batches; 0: threads of this one", whole(0), 8, of_host=True
     )
     on_unreadable: str = setting(
-        "at an image that cannot be decoded: stop, or leave it out and say so",
+        "what to do at an image that cannot be decoded: stop, or leave it out and say so",
         one_of("error", "skip"),
         "error",
     )
@@ -171,7 +148,7 @@ class Augment:
         "rand-m9-mstd0.5-inc1",
     )
     colour_jitter: tuple[float, float, float, float] = setting(
-        "only where `auto_augment` is empty or has 3a in it",
+        "strengths of changes of colour; only where `auto_augment` is empty or has 3a in it",
         Expected(
             "strengths (brightness, contrast, saturation, hue) from 0, the last up to 0.5",
             lambda x: several(4, NOT_NEGATIVE, "").fits(x) and x[3] <= 0.5,
@@ -179,13 +156,13 @@ class Augment:
         (0.4, 0.4, 0.4, 0.0),
     )
     repeats: int = setting("crops of an image in a batch: repeated augmentation", whole(1), 1)
-    mixup_alpha: float = setting("of mixup's Beta(α, α); 0: no mixup", NOT_NEGATIVE, 0.8)
-    cutmix_alpha: float = setting("likewise of cutmix", NOT_NEGATIVE, 1.0)
-    cutmix_probability: float = setting("of cutmix in place of mixup", FRACTION, 0.5)
-    mix_probability: float = setting("of either", FRACTION, 1.0)
+    mixup_alpha: float = setting("mixup's α, of Beta(α, α); 0: no mixup", NOT_NEGATIVE, 0.8)
+    cutmix_alpha: float = setting("cutmix's α; 0: no cutmix", NOT_NEGATIVE, 1.0)
+    cutmix_probability: float = setting("probability of cutmix in place of mixup", FRACTION, 0.5)
+    mix_probability: float = setting("probability that a group is mixed at all", FRACTION, 1.0)
     mix_group: int = setting("images that are mixed alike; 0: the whole batch", whole(0), 128)
     mix_off_epoch: int = setting("the first epoch without mixing; 0: all have it", whole(0), 0)
-    erasing_probability: float = setting("of random erasing", FRACTION, 0.25)
+    erasing_probability: float = setting("probability of random erasing", FRACTION, 0.25)
     erase_before_mix: bool = setting(
         "False: mix whole pixel values first, so that noise stays unmixed", FLAG, True
     )
@@ -195,15 +172,19 @@ class Augment:
 class Loss:
     """Numbers of the loss; which loss it is follows from what the model returns in training."""
 
-    label_smoothing: float = setting("share of a target that all classes get", BELOW_ONE, 0.1)
+    label_smoothing: float = setting(
+        "share of a target that is spread over all classes", BELOW_ONE, 0.1
+    )
     diversity: float = setting(
-        "of Gramian heads only: weight of their divergence; negative drives them apart",
+        "Gramian heads only: weight of their divergence; negative drives them apart",
         Expected("a finite number", is_finite),
         -0.8,
     )
-    dense_weight: float = setting("of token labelling only: the tokens' loss", NOT_NEGATIVE, 0.5)
+    dense_weight: float = setting(
+        "token labelling only: weight of the tokens' loss", NOT_NEGATIVE, 0.5
+    )
     transposed_crops: bool = setting(
-        "of token labelling only: cut label maps out as the authors' code does (D30)", FLAG, False
+        "token labelling only: cut label maps out as the authors' code does (D30)", FLAG, False
     )
 
 
@@ -211,17 +192,21 @@ class Loss:
 class Optimizer:
     """How gradients become updates."""
 
-    name: str = setting("which one", one_of(*OPTIMIZERS), "adamw")
-    learning_rate: float = setting("at the schedule's peak", POSITIVE)
+    name: str = setting("rule that makes updates of gradients", one_of(*OPTIMIZERS), "adamw")
+    learning_rate: float = setting("learning rate at the schedule's peak", POSITIVE)
     learning_rate_for_batch: int = setting(
-        "the batch that this rate is for, scaled to others; 0: as it is", whole(0), 0
+        "batch that this rate is for, scaled to others in proportion; 0: not scaled", whole(0), 0
     )
-    b1: float = setting("of adamw, lamb and lion", BELOW_ONE, 0.9)
-    b2: float = setting("likewise", BELOW_ONE, 0.999)
-    eps: float = setting("of adamw and lamb", POSITIVE, 1e-8)
-    momentum: float = setting("of sgd", BELOW_ONE, 0.9)
-    nesterov: bool = setting("of sgd", FLAG, False)
-    weight_decay: float = setting("of parameters of rank 2 or more", NOT_NEGATIVE, 0.05)
+    b1: float = setting("decay of the first moment, in adamw, lamb and lion", BELOW_ONE, 0.9)
+    b2: float = setting("decay of the second moment, likewise", BELOW_ONE, 0.999)
+    eps: float = setting(
+        "what is added to the root of the second moment, in adamw and lamb", POSITIVE, 1e-8
+    )
+    momentum: float = setting("momentum of sgd", BELOW_ONE, 0.9)
+    nesterov: bool = setting("whether momentum is Nesterov's, in sgd", FLAG, False)
+    weight_decay: float = setting(
+        "weight decay of parameters of rank 2 or more", NOT_NEGATIVE, 0.05
+    )
     decay_also: tuple[str, ...] = setting("paths of parameters that decay, too", PATTERNS, ())
     decay_never: tuple[str, ...] = setting("paths of parameters that do not decay", PATTERNS, ())
     layer_decay: float = setting(
@@ -232,10 +217,14 @@ class Optimizer:
     freeze: tuple[str, ...] = setting(
         "paths of parameters that do not learn; `('^(?!head/)',)`: all but the head", PATTERNS, ()
     )
-    clip_norm: float = setting("of all gradients together; 0: no clipping", NOT_NEGATIVE, 5.0)
-    clip_value: float = setting("of each number; 0: no clipping", NOT_NEGATIVE, 0.0)
+    clip_norm: float = setting(
+        "highest norm of all gradients together; 0: no clipping", NOT_NEGATIVE, 5.0
+    )
+    clip_value: float = setting(
+        "highest size of each number of a gradient; 0: no clipping", NOT_NEGATIVE, 0.0
+    )
     clip_adaptive: float = setting(
-        "of a unit's gradient over its weights' norm, but the head's; 0: no clipping",
+        "highest norm of a unit's gradient over its weights', but the head's; 0: no clipping",
         NOT_NEGATIVE,
         0.0,
     )
@@ -246,20 +235,22 @@ class Schedule:
     """The learning rate over time: docs/recipes.md has the formulas."""
 
     name: str = setting("way from the peak to the minimum", one_of(*SCHEDULES), "cosine")
-    warmup_epochs: float = setting("in which the rate rises to its peak", NOT_NEGATIVE, 20.0)
-    warmup_learning_rate: float = setting("at step 0", NOT_NEGATIVE, 0.0)
-    min_learning_rate: float = setting("where the way ends", NOT_NEGATIVE, 1e-6)
-    decay_epochs: float = setting("when the minimum is reached", POSITIVE, 300.0)
+    warmup_epochs: float = setting("epochs in which the rate rises to its peak", NOT_NEGATIVE, 20.0)
+    warmup_learning_rate: float = setting("learning rate at step 0", NOT_NEGATIVE, 0.0)
+    min_learning_rate: float = setting("learning rate at the end", NOT_NEGATIVE, 1e-6)
+    decay_epochs: float = setting("epoch at which the minimum is reached", POSITIVE, 300.0)
     decay_from_start: bool = setting(
         "count the way from step 0, not from the end of the warm-up", FLAG, False
     )
-    step_epochs: float = setting("of step: how often the rate falls", POSITIVE, 30.0)
+    step_epochs: float = setting("step only: epochs between falls of the rate", POSITIVE, 30.0)
     step_factor: float = setting(
-        "of step: what it is multiplied by", number(0, 1, above=True, below=True), 0.1
+        "step only: what the rate is multiplied by", number(0, 1, above=True, below=True), 0.1
     )
-    warmup_reaches_peak: bool = setting("with its last step, not after it", FLAG, False)
+    warmup_reaches_peak: bool = setting(
+        "the warm-up's last step has the peak rate, not the step after it", FLAG, False
+    )
     each_epoch: bool = setting("change the rate only between epochs", FLAG, False)
-    lag_epochs: int = setting("how many epochs late it changes", whole(0), 0)
+    lag_epochs: int = setting("how many epochs late the rate changes", whole(0), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,21 +264,25 @@ class Eval:
         "center keeps the aspect ratio, squash does not", one_of("center", "squash"), "center"
     )
     interpolation: str = setting("filter of resizing", one_of(*FILTERS), "bicubic")
-    batch_size: int = setting("images at a time, over all devices", whole(1), 256, free=True)
-    every_epochs: int = setting("how often", whole(1), 1, free=True)
+    batch_size: int = setting(
+        "images evaluated at a time, over all devices", whole(1), 256, free=True
+    )
+    every_epochs: int = setting("epochs between evaluations", whole(1), 1, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """When training is saved, and what is kept."""
 
-    every_steps: int = setting("how often", whole(1), 500, free=True)
-    keep: int = setting("how many of the newest, and besides", whole(1), 3, free=True)
+    every_steps: int = setting("steps between checkpoints", whole(1), 500, free=True)
+    keep: int = setting(
+        "how many of the newest checkpoints are kept, and besides", whole(1), 3, free=True
+    )
     keep_every_steps: int = setting(
         "the multiples of this, which are saved too; 0: none", whole(0), 0, free=True
     )
     keep_best: int = setting(
-        "so many of the best in evaluation, by averaged weights if there are",
+        "how many of the best in evaluation, by averaged weights if there are",
         whole(0),
         0,
         free=True,
@@ -298,10 +293,17 @@ class Checkpoint:
 class Mesh:
     """Sizes of the device mesh; one may be -1, the rest of the devices."""
 
-    data: int = setting("splits the images", whole(1, special=(-1,)), -1, free=True)
-    fsdp: int = setting("splits images and weights", whole(1, special=(-1,)), 1, free=True)
+    data: int = setting(
+        "size of the axis that splits the images", whole(1, special=(-1,)), -1, free=True
+    )
+    fsdp: int = setting(
+        "size of the axis that splits images and weights", whole(1, special=(-1,)), 1, free=True
+    )
     tensor: int = setting(
-        "splits MLPs, heads and classifiers", whole(1, special=(-1,)), 1, free=True
+        "size of the axis that splits MLPs, heads and classifiers",
+        whole(1, special=(-1,)),
+        1,
+        free=True,
     )
     num_slices: int = setting(
         "slices of a TPU pod, side by side on data; 0: as many as there are",
@@ -316,7 +318,7 @@ class Sharding:
     """Where the training state lies on the mesh: distributed/shardings.py."""
 
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting(
-        "(pattern, axes) to try before the rules there", rules(AXES), (), free=True
+        "pairs (pattern, axes) to try before the model's rules", rules(AXES), (), free=True
     )
     optimizer_over_data: bool = setting(
         "split optimizer and average over data, too: ZeRO stage 1", FLAG, False, free=True
@@ -327,10 +329,10 @@ class Sharding:
 class Settings:
     """All settings of a training run."""
 
-    seed: int = setting("of all randomness", whole(0, 2**63 - 1), 42)
+    seed: int = setting("where all randomness comes from", whole(0, 2**63 - 1), 42)
     batch_size: int = setting("images over all devices and accumulation steps", whole(1))
     accumulation_steps: int = setting("parts in which a batch is computed", whole(1), 1)
-    epochs: int = setting("how long", whole(1), 300)
+    epochs: int = setting("how often the training images are seen", whole(1), 300)
     init_from: str = setting(
         "weights to fine-tune: the folder of a run or a converted checkpoint, a released file, or "
         "pretrained",
@@ -340,18 +342,20 @@ class Settings:
     init_class_map: str = setting(
         "file of the rows of its classifier to keep, one per class", TEXT, ""
     )
-    ema_decay: float = setting("of the averaged weights; 0: no average", BELOW_ONE, 0.9999)
-    ema_warmup: bool = setting("begin with (1 + step) / (10 + step) where less", FLAG, False)
-    log_every_steps: int = setting("how often a line is written", whole(1), 50, free=True)
+    ema_decay: float = setting("decay of the averaged weights; 0: no average", BELOW_ONE, 0.9999)
+    ema_warmup: bool = setting(
+        "the average begins with (1 + step) / (10 + step) where that is less", FLAG, False
+    )
+    log_every_steps: int = setting("steps between lines of metrics", whole(1), 50, free=True)
     watchdog_seconds: float = setting(
-        "without progress, then exit with status 124; 0: wait for ever",
+        "seconds without progress after which the run ends with status 124; 0: wait for ever",
         NOT_NEGATIVE,
         900.0,
         free=True,
     )
     on_non_finite: str = setting(
-        "at a step whose loss or gradients are not finite, which changes no weight: stop, skip "
-        "it, or roll_back to the last checkpoint and leave its batch out",
+        "what to do at a step whose loss or gradients are not finite, which changes no weight: "
+        "stop, skip it, or roll_back to the last checkpoint and leave its batch out",
         one_of("stop", "skip", "roll_back"),
         "stop",
         free=True,
