@@ -56,7 +56,7 @@ class Subject:
         self._weights = bridge.get_weights(self._model)  # shapes
 
     def settings(self, batch: int) -> Settings:
-        """A plain recipe: no mixing, no erasing, no clipping, no average."""
+        """Gives a plain recipe: no mixing, no erasing, no clipping, no average."""
         return Settings(
             seed=0,
             batch_size=batch,
@@ -74,7 +74,7 @@ class Subject:
         return sum(leaf.size for leaf in jax.tree.leaves(self._weights["params"]))
 
     def multiply_adds(self) -> int:
-        """Of one image, counted in the program."""
+        """Counts multiply-adds of one image in the program."""
         apply = as_function(self._model)
         return count_multiply_adds(apply, self._weights, self._images(1))
 

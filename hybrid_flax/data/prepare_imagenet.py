@@ -30,7 +30,7 @@ from hybrid_flax.errors import InputError
 
 
 class Split(NamedTuple):
-    """What a tar file has to hold, and in how many files it is stored."""
+    """The contents that a tar file has to have, and in how many files it is stored."""
 
     name: str
     images: int
@@ -42,7 +42,7 @@ _ORDER_SEED = 0
 
 
 class _Images(NamedTuple):
-    """Where the images of a tar file lie, in their order in it."""
+    """The places of the images of a tar file, in their order in it."""
 
     offset: np.ndarray
     size: np.ndarray

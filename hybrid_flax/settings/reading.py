@@ -100,7 +100,7 @@ def to_plain(settings: Settings) -> dict[str, Any]:
 
 
 def from_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json would hold if this version had written it.
+    """Reads a config.json into what this version would have written.
 
     Old names are translated, and fields that it lacks have their defaults. Values are left as they
     are, unchecked.

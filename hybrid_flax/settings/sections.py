@@ -80,7 +80,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Where images and labels come from."""
+    """The images and labels to train with."""
 
     name: str = setting(
         "a TFDS name, or image_folder, list_files, tar_shards, hugging_face, digits",
@@ -125,7 +125,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What is done to training images: crop to policy on the host, the rest on the device."""
+    """Changes of training images: crop to policy on the host, the rest on the device."""
 
     crop_scale: tuple[float, float] = setting(
         "share of the photo's area that a crop has", interval(1), (0.08, 1.0)
@@ -315,7 +315,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Where the training state lies on the mesh: distributed/shardings.py."""
+    """The split of the training state over the mesh: distributed/shardings.py."""
 
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = setting(
         "pairs (pattern, axes) to try before the model's rules", rules(AXES), (), free=True

@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Shardings(NamedTuple):
-    """Where the arrays of a training run lie: see `distributed/shardings.py`."""
+    """Places of the arrays of a training run: see `distributed/shardings.py`."""
 
     state: Any  # a sharding, or a tree of them like the state
     gradients: Any  # a tree like the parameters; None: wherever XLA puts them
