@@ -15,6 +15,7 @@ from hybrid_flax.distributed.shardings import state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import make_optimizer
@@ -27,7 +28,7 @@ from hybrid_flax.weights.functions import as_training_function
 class Program(NamedTuple):
     """A training run without its data."""
 
-    model: nnx.Module  # abstract
+    model: Backbone  # abstract
     train_step: jax.stages.Wrapped  # see `make_train_step`
     begin: Callable[[Any], State]  # from initial weights to the state before the first step
     state: State  # its shapes and dtypes
@@ -74,7 +75,7 @@ def resolve_classes(config: Settings, source: Source) -> Settings:
     return settings.replace(config, {"model.num_classes": count})
 
 
-def build_model(config: Settings, *, rngs: nnx.Rngs) -> nnx.Module:
+def build_model(config: Settings, *, rngs: nnx.Rngs) -> Backbone:
     """Builds the model of settings whose number of classes is known."""
     model = config.model
     built = registry.create_model(

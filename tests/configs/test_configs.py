@@ -113,8 +113,8 @@ def with_classes(name, **model) -> Settings:
 def test_attention_is_chosen_where_there_are_windows():
     config = with_classes("gcvit_xxt", implementation="pallas")
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    assert model.stages[0].blocks[1].attn.attention == "pallas"
-    with pytest.raises(InputError, match="glnet_4g has no field 'attention' to override"):
+    assert model.stages[0].blocks[1].attn.implementation == "pallas"
+    with pytest.raises(InputError, match="glnet_4g has no operation with kernels to choose"):
         build_model(with_classes("glnet_4g", implementation="pallas"), rngs=nnx.Rngs(0))
 
 
