@@ -19,6 +19,7 @@ from hybrid_flax.build import prepare
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import local_rows, round_up, to_devices
+from hybrid_flax.settings import Settings
 from hybrid_flax.start import trained_weights
 from hybrid_flax.training.step import make_eval_step
 from hybrid_flax.weights.functions import as_function
@@ -30,7 +31,7 @@ def evaluate(
     eval_step: Callable,
     weights: dict[str, Any],
     transform: EvalTransform,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     mesh: Mesh,
     *,
     should_stop: Callable[[], bool] = lambda: False,
@@ -89,18 +90,18 @@ def show_results(results: Results) -> str:
 def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Evaluates the newest intact checkpoint of a work directory and prints the result."""
     prepared = prepare(config, "val")
-    config, source, mesh, model = prepared
+    settings, source, mesh, model = prepared
     found = trained_weights(prepared, workdir)
     averaged = {"val_ema": found.averaged} if found.averaged else {}
     results = evaluate(
-        make_eval_step(as_function(model), config, mesh),
+        make_eval_step(as_function(model), settings.dataset, mesh),
         {"val": found.trained, **averaged},
-        EvalTransform.from_config(config, source),
-        config,
+        EvalTransform.from_config(settings, source),
+        settings,
         mesh,
     )
     assert results is not None  # nobody asks it to stop
-    print(f"{config.model.name} at step {found.step} of {workdir}, {config.dataset.name}:")
+    print(f"{settings.model.name} at step {found.step} of {workdir}, {settings.dataset.name}:")
     print(show_results(results))
     return 0
 

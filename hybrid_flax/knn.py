@@ -27,6 +27,7 @@ from hybrid_flax.errors import InputError
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.run.checkpoint_files import Arrays
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Dataset, Settings
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
@@ -86,12 +87,12 @@ def pooled_features(apply, weights, images: Array) -> Float[Array, "B D"]:
     return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
 
 
-def make_feature_step(apply, config: ml_collections.ConfigDict, mesh: Mesh):
+def make_feature_step(apply, dataset: Dataset, mesh: Mesh):
     """Compiles `step(weights, uint8 images [B, H, W, 3]) → features of length 1 [B, D]`."""
 
     @on_mesh(mesh)
     def feature_step(weights, images):
-        images = normalise(images, config.dataset.mean, config.dataset.std)
+        images = normalise(images, dataset.mean, dataset.std)
         features = pooled_features(apply, weights, images)
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
@@ -103,7 +104,7 @@ def make_feature_step(apply, config: ml_collections.ConfigDict, mesh: Mesh):
 
 
 def extract(
-    feature_step, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
+    feature_step, weights, source: Source, config: Settings, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
     """(features, labels) of a source's readable images, in evaluation crops."""
     batches = eval_batches(
@@ -138,27 +139,27 @@ def main(
     temperature: float = TEMPERATURE,
 ) -> int:
     """Prints the top-1 accuracy of the validation images by the training images around them."""
-    config, train, mesh, model = prepare(config, "train")
-    val = source_of(config.dataset, "val")
+    settings, train, mesh, model = prepare(config, "train")
+    val = source_of(settings.dataset, "val")
     _check(neighbours, temperature, len(train))  # before the minutes that features take
     loaded = load_weights(workdir)
     template = bridge.get_weights(model)
     origin = f"the checkpoint in {workdir}"
     fitted = _without_classifier(loaded.best, flatten(template), origin, model.structure)
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
-    feature_step = make_feature_step(as_function(model), config, mesh)
-    bank, bank_labels = extract(feature_step, weights, train, config, mesh)
-    queries, labels = extract(feature_step, weights, val, config, mesh)
+    feature_step = make_feature_step(as_function(model), settings.dataset, mesh)
+    bank, bank_labels = extract(feature_step, weights, train, settings, mesh)
+    queries, labels = extract(feature_step, weights, val, settings, mesh)
     predicted = knn_predictions(
         queries,
         bank,
         bank_labels,
-        config.model.num_classes,
+        settings.model.num_classes,
         neighbours=neighbours,
         temperature=temperature,
     )
     print(
-        f"{config.model.name} at step {loaded.step} of {workdir}, {config.dataset.name}:\n"
+        f"{settings.model.name} at step {loaded.step} of {workdir}, {settings.dataset.name}:\n"
         f"  {'averaged' if loaded.averaged else 'trained'} weights: top-1 "
         f"{100 * np.mean(predicted == labels):.2f} % of {len(labels)} images, by the {neighbours} "
         f"nearest of {len(bank)} training images"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 
 from hybrid_flax.build import Prepared
@@ -19,6 +18,7 @@ from hybrid_flax.errors import InputError
 from hybrid_flax.models.registry import family_of
 from hybrid_flax.run.checkpoint_files import Arrays, check_same
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Settings
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
 from hybrid_flax.weights.class_map import read_class_map, select_classes
@@ -26,7 +26,7 @@ from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
 def initial_weights(
-    config: ml_collections.ConfigDict, fresh: Callable[[], bridge.Weights], mesh: Mesh
+    config: Settings, fresh: Callable[[], bridge.Weights], mesh: Mesh
 ) -> bridge.Weights:
     """Parameters and batch statistics before the first step, on the mesh.
 
@@ -63,7 +63,7 @@ def initial_weights(
     return put(unflatten_like(start, flat), replicated(mesh))
 
 
-def _fitted(config: ml_collections.ConfigDict, like: Arrays) -> Arrays:
+def _fitted(config: Settings, like: Arrays) -> Arrays:
     """The weights that `config.init_from` names, by path, in the shapes of `like`."""
     weights, origin = _load(config)
     structure = family_of(config.model.name).model.structure
@@ -74,7 +74,7 @@ def _fitted(config: ml_collections.ConfigDict, like: Arrays) -> Arrays:
     return adapt(weights, like, origin, structure)
 
 
-def _load(config: ml_collections.ConfigDict) -> tuple[Arrays, str]:
+def _load(config: Settings) -> tuple[Arrays, str]:
     """(weights by path, what to call them), and says so."""
     if config.init_from == "pretrained" or os.path.isfile(config.init_from):
         from convert.pretrained import released_weights

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 
 from hybrid_flax.build import CompiledOnce, Program, open_split, training_program
@@ -37,22 +36,20 @@ from hybrid_flax.run.record import Record, SilentRecord
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps, is_finite, skip_or_raise
 from hybrid_flax.run.stop_signal import StopSignal
 from hybrid_flax.run.watchdog import Watchdog
-from hybrid_flax.run.workdir import differences, to_plain
+from hybrid_flax.run.workdir import differences
+from hybrid_flax.settings import FIELDS, Settings, Tree, to_plain
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.step import State, weights_of
 from hybrid_flax.versions import versions
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
-# Settings that processes on different hosts may have each for itself.
-_OF_A_HOST = ("dataset.cache", "dataset.index", "dataset.num_workers", "dataset.path")
-
 
 def train(
-    config: ml_collections.ConfigDict,
+    config: Tree,
     workdir: str,
     *,
     profile: str = "",
-    build: Callable[[ml_collections.ConfigDict, Mesh, int], Program] = training_program,
+    build: Callable[[Settings, Mesh, int], Program] = training_program,
 ) -> int:
     """Trains until the config's last epoch, continuing what the work directory holds.
 
@@ -68,28 +65,29 @@ def train(
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
     phases = Phases()
-    config, train_source = open_split(config, "train")
-    val_source = source_of(config.dataset, "val")
-    _check_same_everywhere(config, train_source, val_source)
-    mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-    data = Data(config, train_source, val_source, mesh)
-    program = build(config, mesh, data.steps_per_epoch)
+    settings, train_source = open_split(config, "train")
+    val_source = source_of(settings.dataset, "val")
+    _check_same_everywhere(settings, train_source, val_source)
+    mesh = make_mesh(**vars(settings.mesh))
+    check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
+    data = Data(settings, train_source, val_source, mesh)
+    program = build(settings, mesh, data.steps_per_epoch)
     record: Record | SilentRecord = SilentRecord(workdir)
     if is_first():
-        fastest = seconds_at_peak(program.flops, config.model.dtype, mesh.size)
-        record = Record(config, workdir, phases, profile=profile, seconds_at_peak=fastest)
-    return run(program, data, record, config, mesh, phases)
+        fastest = seconds_at_peak(program.flops, settings.model.dtype, mesh.size)
+        record = Record(settings, workdir, phases, profile=profile, seconds_at_peak=fastest)
+    return run(program, data, record, settings, mesh, phases)
 
 
-def _check_same_everywhere(config: ml_collections.ConfigDict, *sources: Source) -> None:
+def _check_same_everywhere(config: Settings, *sources: Source) -> None:
     """Raises InputError if this process was not started with the settings and data of the first."""
     mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
     mine["commit"] = versions()["commit"]
+    of_host = [field.name for field in FIELDS.values() if field.of_host]
     first = from_first("compare the settings", lambda: mine)
     if lines := [
         f"  {name}: there {theirs!r}, here {ours!r}"
-        for name, theirs, ours in differences(first, mine, _OF_A_HOST)
+        for name, theirs, ours in differences(first, mine, of_host)
     ]:
         raise InputError(
             "this process was started with other settings, data or code than the first one; give "
@@ -104,7 +102,7 @@ class Job(NamedTuple):
     train_step: CompiledOnce
     data: Data
     record: Record | SilentRecord
-    config: ml_collections.ConfigDict
+    config: Settings
     mesh: Mesh
     phases: Phases
     stop: StopSignal
@@ -115,7 +113,7 @@ def run(
     program: Program,
     data: Data,
     record: Record | SilentRecord,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     mesh: Mesh,
     phases: Phases,
 ) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 from jax.sharding import Mesh
 
 from hybrid_flax.data.loader import Batches, train_batches
@@ -12,6 +11,7 @@ from hybrid_flax.data.order import batches_per_epoch, images_of_batch
 from hybrid_flax.data.sources import EncodedSource, fingerprint
 from hybrid_flax.data.transforms import EvalTransform, TrainTransform
 from hybrid_flax.distributed.batch import local_rows, to_devices
+from hybrid_flax.settings import Settings
 
 
 class Data:
@@ -23,7 +23,7 @@ class Data:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        config: Settings,
         train: EncodedSource,
         val: EncodedSource,
         mesh: Mesh,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import ml_collections
+from hybrid_flax.settings import Settings
 
 
 class Due(NamedTuple):
@@ -22,7 +22,7 @@ class Cadence(NamedTuple):
     evaluate_every: int
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, steps_per_epoch: int) -> "Cadence":
+    def from_config(cls, config: Settings, steps_per_epoch: int) -> "Cadence":
         return cls(
             total_steps=config.epochs * steps_per_epoch,
             log_every=config.log_every_steps,

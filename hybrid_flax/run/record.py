@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from clu.parameter_overview import get_parameter_overview
 
@@ -21,7 +20,8 @@ from hybrid_flax.run.profiling import Profile
 from hybrid_flax.run.progress import Progress
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps
 from hybrid_flax.run.storage.bucket import is_bucket
-from hybrid_flax.run.workdir import Workdir, to_plain
+from hybrid_flax.run.workdir import Workdir
+from hybrid_flax.settings import Settings, to_plain
 from hybrid_flax.weights.paths import flatten, unflatten
 
 Results = dict[str, dict[str, float]]  # {"val": {"top1": …}}
@@ -46,14 +46,14 @@ class Record:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        config: Settings,
         workdir: str,
         phases: Phases,
         *,
         profile: str = "",
         seconds_at_peak: float | None = None,
     ):
-        keep = config.checkpoint.to_dict()
+        keep = dict(vars(config.checkpoint))
         del keep["every_steps"]
         self._config = config
         self._phases = phases
