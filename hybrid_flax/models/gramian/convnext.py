@@ -173,7 +173,7 @@ class GAConvNeXt(GramianNet):
 
     trunk_class = ConvNeXt
     structure = STRUCTURE._replace(
-        blocks=r"trunk/stages/(\d+)/blocks/(\d+)/|trunk/stage(5)/",
+        blocks=r"trunk/stages/(\d+)/blocks/(\d+)/",
         opens_next_stage=r"trunk/downsamplers/(\d+)/",
         head_blocks=r"heads/\d+/gram_layer/blocks/\d+/",
     )

@@ -18,7 +18,8 @@ from hybrid_flax.models.structure import Structure
 # What the kinds have in common; they add their blocks.
 STRUCTURE = Structure(
     stem=r"trunk/stem/",
-    blocks=r"trunk/stages/(\d+)/(\d+)/|trunk/stage(5)/",
+    blocks=r"trunk/stages/(\d+)/(\d+)/",
+    after_blocks=r"trunk/stage5/",
     end=r"heads/",
     classifier=r"heads/\d+/classifier/",
 )
