@@ -61,7 +61,7 @@ LAYER_SCALE = 1e-6  # initial γ
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one unified model from another."""
+    """The numbers that define a unified model."""
 
     mixer: str  # a key of MIXERS
     dims: tuple[int, int, int, int]  # channels of each stage

@@ -23,7 +23,7 @@ SHIFT = 3  # of every other block
 
 
 def _window(side: int) -> int:
-    """Of a stage whose map has this side at the size that the model is built for."""
+    """The window of a stage whose map has this side at the size that the model is built for."""
     return min(WINDOW, side)
 
 
