@@ -177,15 +177,20 @@ def _check_group(config, name: str, images: int) -> None:
         )
 
 
-def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> None:
-    """Sets `model.num_classes` where it is 0, and refuses one that is too small for the dataset."""
-    if config.model.num_classes == 0:
-        config.model.num_classes = source.num_classes
+def resolve_classes(config: ml_collections.ConfigDict, source: Source) -> ml_collections.ConfigDict:
+    """A copy of the config whose `model.num_classes` is the dataset's where it was 0.
+
+    Raises:
+      InputError: the number is too small for the dataset.
+    """
+    config = ml_collections.ConfigDict(config)
+    config.model.num_classes = config.model.num_classes or source.num_classes
     if config.model.num_classes < source.num_classes:
         raise InputError(
             f"--config.model.num_classes={config.model.num_classes}, but dataset "
             f"{config.dataset.name} has {source.num_classes} classes; leave it 0 for that number"
         )
+    return config
 
 
 def build_model(config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hybrid_flax import cli
-from hybrid_flax.config import check, resolve_classes
+from hybrid_flax.build import open_split
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 from hybrid_flax.data.loader import train_batches
-from hybrid_flax.data.sources import EncodedSource, source_of
+from hybrid_flax.data.sources import EncodedSource
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
 
@@ -43,10 +43,7 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     Raises:
       InputError: the config or the data cannot be used.
     """
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    source = source_of(config.dataset, "train")
-    resolve_classes(config, source)
+    config, source = open_split(config, "train")
     transform = TrainTransform.from_config(config, source)
     file = os.path.join(folder, "inspect.png")
     try:

@@ -1,7 +1,8 @@
-"""What `hybrid_flax.benchmark` times: one of our models, its inference and its training step."""
+"""A model of ours as `hybrid_flax.benchmark` times it: its inference and its training step."""
 
 import collections
 import functools
+from collections.abc import Hashable
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from hybrid_flax.training.step import make_train_step, new_state
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from pallas.deformable_conv.geometry import Sampling
-from pallas.dispatch import recorded
+from pallas.dispatch import Choice, recorded
 from pallas.halo_attention.geometry import Halo
 from pallas.window_attention.geometry import Windows
 
@@ -30,7 +31,7 @@ SMOOTHING, WEIGHT_DECAY, LEARNING_RATE = 0.1, 0.05, 1e-4  # ours and theirs
 
 
 def recipe(loss: str) -> SimpleNamespace:
-    """What the training step reads of a config (`configs/recipes.py`), with its extras off."""
+    """Makes what the training step reads of a config, with the extras of recipes off."""
     return SimpleNamespace(
         seed=0,
         accumulation_steps=1,
@@ -98,34 +99,37 @@ class Subject:
         self._weights = bridge.get_weights(self._model)  # shapes
 
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Counts the numbers that are trained."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._weights["params"]))
 
     def multiply_adds(self) -> int:
-        """Of one image, counted in the program."""
+        """Counts the multiply-adds of one image in the program."""
         apply = as_function(self._model)
         return count_multiply_adds(apply, self._weights, self._images(1))
 
     def operations(self) -> list[dict[str, Any]]:
-        """Each shape of an operation of `pallas/`, how often it occurs, what runs it here, and why.
+        """Lists each shape of an operation of `pallas/`: how often, what runs it here, and why.
 
         Empty for models without.
         """
         with recorded() as calls:
             jax.eval_shape(as_function(self._model), self._weights, self._images(1))
         here = chips.platform_name()
-        counts = collections.Counter((geometry, choices[here]) for geometry, choices in calls)
+        other = Choice(None, f"there is no kernel for platform {here}")
+        counts = collections.Counter(
+            (geometry, choices.get(here, other)) for geometry, choices in calls
+        )
         return [
             {"shape": describe(geometry), "count": count, **choice._asdict()}
             for (geometry, choice), count in counts.items()
         ]
 
     def builders(self, batch: int, pass_: str, repeats: int, memory: dict[str, int]):
-        """By name of contestant, what `timing.compare` builds it with.
+        """Makes what `timing.compare` builds each subject with, by its name.
 
         Args:
           pass_: "inference" or "training".
-          memory: where building notes how many bytes of the device a contestant takes.
+          memory: where building notes how many bytes of the device a subject takes.
         """
         make = self._training if pass_ == "training" else self._inference
 
@@ -182,8 +186,14 @@ class Subject:
         return program, run
 
 
-def describe(geometry: Windows | Halo | Sampling) -> str:
-    """The shape of an operation in words."""
+def describe(geometry: Hashable) -> str:
+    """Says the shape of an operation in words.
+
+    Raises:
+      TypeError: a geometry of none of the operations in `pallas/`.
+    """
+    if not isinstance(geometry, Windows | Halo | Sampling):
+        raise TypeError(f"{geometry!r} is no geometry of an operation in pallas/")
     text, extras = f"{geometry.height}×{geometry.width}, ", {}
     if isinstance(geometry, Sampling):
         text += f"{geometry.groups} groups of {geometry.channels}, {geometry.points} movable points"

@@ -60,7 +60,7 @@ def make_train_step(
     mesh: Mesh,
     mix_until: int | None = None,
     shardings: Shardings | None = None,
-) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
     `apply` is the model from `functions.as_training_function`. `batch` has `image` uint8
