@@ -310,6 +310,13 @@ def test_bfloat16_is_the_dtype_of_all_maps_but_the_last(mixer):
     assert {maps[name].dtype for name in maps.keys() - wide} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_a_mixer_without_kernels_has_no_choice():
+    with pytest.raises(ValueError, match="'xla': the mixer convnext has no operation with kernels"):
+        abstract("convnext", implementation="xla")
+    block = abstract("halonet", implementation="xla").stages[0].blocks[0]
+    assert block.mixer.implementation == "xla"
+
+
 class PoolingMixer(Mixer):
     """README's example; `nnx.avg_pool` returns float32 for any input."""
 

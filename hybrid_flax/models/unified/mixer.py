@@ -25,6 +25,7 @@ class Mixer(nnx.Module):
     """
 
     norm_epsilon = 1e-6  # of both norms of its blocks
+    has_kernels = False  # whether it has an operation of `pallas/`
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Builds a mixer of `dim` channels that computes in `dtype`."""

@@ -228,6 +228,11 @@ class Unified(Backbone):
     ):
         if variant.mixer not in MIXERS:
             raise InputError(f"unknown mixer {variant.mixer!r}. Known: {', '.join(MIXERS)}")
+        if implementation != "auto" and not MIXERS[variant.mixer].has_kernels:
+            raise InputError(
+                f"implementation={implementation!r}: the mixer {variant.mixer} has no operation "
+                "with kernels to choose for; leave it 'auto'"
+            )
         self.variant = variant
         self.detection = variant.detection
         if variant.detection:

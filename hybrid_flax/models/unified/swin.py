@@ -37,6 +37,8 @@ class ShiftedWindowAttention(Mixer):
     bottom before the projections, unmasked, as in the official code.
     """
 
+    has_kernels = True
+
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
         self.implementation = place.implementation
