@@ -26,7 +26,7 @@ _NETWORK_ERRORS = (  # most are kinds of OSError, which is also what the disk ra
 
 
 def cache_folder() -> pathlib.Path:
-    """Where downloads are kept: $HYBRID_FLAX_CACHE, by default ~/.cache/hybrid_flax."""
+    """Returns the folder for downloads: $HYBRID_FLAX_CACHE, by default ~/.cache/hybrid_flax."""
     folder = os.environ.get("HYBRID_FLAX_CACHE") or "~/.cache/hybrid_flax"
     return pathlib.Path(folder).expanduser()
 

@@ -14,7 +14,7 @@ from hybrid_flax.errors import InputError
 
 
 class Official(NamedTuple):
-    """Where in the official repository a model is made."""
+    """The place in the official repository that makes a model."""
 
     folder: str  # below the repository's root, from which its code imports
     module: str  # such as "models.gc_vit"
@@ -25,7 +25,7 @@ class Official(NamedTuple):
 def run_official(
     official: Official, repository: str, state: Mapping[str, np.ndarray], images: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What every layer of the official model gives for some images, in evaluation mode.
+    """Returns what every layer of the official model gives for some images, in evaluation mode.
 
     Args:
       official: which model.

@@ -11,7 +11,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 class Rules(NamedTuple):
-    """How the parameters of one class of models are called and laid out in its release.
+    """Names and layouts of the parameters of one class of models in its release.
 
     `RULES` of a file is {class: its rules}. Where the keys depend on the variant, `renames` and
     `layouts` are functions of the model.

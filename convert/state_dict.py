@@ -166,7 +166,7 @@ def layer_names(model: Backbone) -> dict[str, str]:
 
 
 def official_model(model: Backbone, name: str) -> Official:
-    """Where the authors' repository makes the model.
+    """Finds the place in the authors' repository that makes the model.
 
     Raises:
       InputError: there is no official code for it.

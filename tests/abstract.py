@@ -1,5 +1,6 @@
 """Models that are only shapes, built once in a test process."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 import hybrid_flax
 from hybrid_flax.models.backbone import Backbone
-from hybrid_flax.models.registry import tiny_model
+from hybrid_flax.models.registry import family_of, list_models, model_variant, tiny_model
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_recording_function
 from hybrid_flax.weights.paths import flatten
@@ -18,10 +19,24 @@ CLASSES = 1009  # no other dimension has it
 @functools.cache
 def abstract(name: str, *, tiny: bool = False, dtype: str = "float32") -> Backbone:
     """The model by that name with `CLASSES` classes; `tiny`: of a few small blocks."""
+    if tiny and twin(name) != name:
+        return abstract(twin(name), tiny=True, dtype=dtype)
     fields = tiny_model(name) if tiny else {}
     return bridge.abstract(
         lambda: hybrid_flax.create_model(name, num_classes=CLASSES, dtype=dtype, **fields)
     )
+
+
+@functools.cache
+def twin(name: str) -> str:
+    """The first of the models that are the same when they are made tiny."""
+
+    def made_tiny(name: str):
+        fields = {"drop_path": 0.1} | tiny_model(name)
+        image_size = fields.pop("image_size")
+        return family_of(name).model, dataclasses.replace(model_variant(name), **fields), image_size
+
+    return next(other for other in list_models() if made_tiny(other) == made_tiny(name))
 
 
 @functools.cache
@@ -33,6 +48,8 @@ def parameters(name: str, *, tiny: bool = False) -> dict[str, jax.ShapeDtypeStru
 @functools.cache
 def recorded(name: str, dtype: str) -> tuple[dict, dict]:
     """({name of a map: shape and dtype}, {path of a module: those of its result}), tiny."""
+    if twin(name) != name:
+        return recorded(twin(name), dtype)
     model = abstract(name, tiny=True, dtype=dtype)
     images = jax.ShapeDtypeStruct((2, model.image_size, model.image_size, 3), jnp.float32)
     apply = functools.partial(as_recording_function(model), method="intermediates")

@@ -1,4 +1,4 @@
-"""Where each array of the training state lies: rules as data, pattern → mesh axes.
+"""Placement of each array of the training state: rules as data, pattern → mesh axes.
 
 The first rule whose pattern is found in an array's path says which mesh axes split its last
 dimensions. After that `fsdp` splits the largest dimension that is still whole, of every array that
@@ -26,7 +26,7 @@ SMALLEST = 2**14  # numbers; smaller arrays are not worth gathering
 
 
 def model_rules(structure: Structure) -> Rules:
-    """What the mesh axis `tensor` splits of a model.
+    """Says what the mesh axis `tensor` splits of a model.
 
     The MLPs hold two thirds of the parameters. Their first matrix is split by columns, the second
     by rows, so that one sum per MLP passes between the chips of `tensor`; attention in the Pallas
@@ -73,7 +73,7 @@ def state_shardings(
 
 
 def unsharded(shardings: Any) -> Any:
-    """Where weights that lie so are while a model computes with them: whole, but for `tensor`.
+    """Shardings of the same weights while a model computes with them: whole, but for `tensor`.
 
     Said explicitly, for left to itself XLA may gather the images instead of the weights.
     """
@@ -142,7 +142,7 @@ class MemoryRow(NamedTuple):
 
 
 def memory_table(state: Any, shardings: Any) -> list[MemoryRow]:
-    """How a state is split: one entry per part and way of splitting."""
+    """Sums up how a state is split: one row per part and way of splitting."""
     found: dict[tuple[str, str], list[tuple[str, Any, Any]]] = {}
     for (name, leaf), sharding in zip(
         flatten(state).items(), jax.tree.leaves(shardings), strict=True

@@ -1,4 +1,4 @@
-"""What every model checks about its input."""
+"""Checks that every model makes of its input."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""What every layer is told when it is made, to be handed on as `**options`."""
+"""Arguments that every layer takes, to be handed on as `**options`."""
 
 from typing import TypedDict
 
@@ -15,12 +15,12 @@ class Options(TypedDict):
 
 
 class KernelOptions(Options):
-    """How a layer's kernel starts, besides."""
+    """Those, and the initial values of a layer's kernel."""
 
     kernel_init: Initializer
 
 
 class BiasedOptions(KernelOptions):
-    """Whether the layer has a bias, besides."""
+    """Those, and whether the layer has a bias."""
 
     use_bias: bool

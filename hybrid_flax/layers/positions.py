@@ -21,7 +21,7 @@ def relative_position_index(window: int) -> np.ndarray:
 def relative_position_bias(
     table: Float[Array, "positions heads"], window: int
 ) -> Float[Array, "heads N N"]:
-    """What is added to the scores of the tokens of a w×w window; [(2w - 1)², heads] → [h, w², w²].
+    """Looks up what is added to scores in a w×w window; [(2w - 1)², heads] → [h, w², w²].
 
     See `relative_position_index`.
     """

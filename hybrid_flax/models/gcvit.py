@@ -43,7 +43,7 @@ HEAD_DIM = 32
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one GC ViT from another. Heads are 32 channels wide in all of them."""
+    """The numbers that define a GC ViT. Heads are 32 channels wide in all of them."""
 
     dim: int  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]

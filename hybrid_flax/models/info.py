@@ -1,11 +1,11 @@
-"""What is known about a released model before anything is built or downloaded."""
+"""Facts about a released model, known before anything is built or downloaded."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """How the published accuracy was measured: see `hybrid_flax.data.eval_crop`."""
+    """The way the published accuracy was measured: see `hybrid_flax.data.eval_crop`."""
 
     crop_fraction: float
     crop_mode: str  # "center" or "squash"

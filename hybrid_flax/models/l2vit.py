@@ -49,7 +49,7 @@ DETECTION_WINDOW = 7
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one L2ViT from another."""
+    """The numbers that define an L2ViT."""
 
     dim: int  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]

@@ -57,8 +57,8 @@ def test_sizes_without_whole_windows_are_refused(size):
 
 
 @pytest.mark.parametrize(("height", "width"), [(61, 64), (62, 63)])
-def test_up_to_three_pixels_less_are_accepted(run, height, width):
-    assert run(images(1, height, width)).shape == (1, 7)
+def test_up_to_three_pixels_less_are_accepted(tiny, height, width):
+    assert jax.eval_shape(tiny, images(1, height, width)).shape == (1, 7)
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 64), (64, 65), (128, 128), (32, 64)])
@@ -74,15 +74,14 @@ def test_images_do_not_see_each_other(run):
     np.testing.assert_allclose(run(mixed)[1], run(second)[1], atol=1e-5)
 
 
-def test_intermediates_are_named(tiny, run):
+def test_intermediates_are_named(tiny):
     maps = jax.eval_shape(tiny.intermediates, images())
     stages = [f"{kind}{i}{part}" for i in range(1, 5) for kind, part in _STAGE_LABELS]
     assert maps.keys() == {"stem", *stages, "norm", "pooled", "logits"}
     assert maps["query1"].shape == (2, 2, 2, 32)
     assert maps["query3"].shape == (2, 4, 4, 128)
-    maps = run(images(), method="intermediates")
-    for i, feature in enumerate(run(images(), method="features"), start=1):
-        np.testing.assert_allclose(feature, maps[f"stage{i}_blocks"], atol=1e-5)
+    features = jax.eval_shape(tiny.features, images())
+    assert features == [maps[f"stage{i}_blocks"] for i in range(1, 5)]
 
 
 _STAGE_LABELS = (("query", ""), ("stage", "_blocks"), ("stage", ""))
@@ -126,19 +125,25 @@ def test_max_pool_padding_never_wins():
 
 
 def test_initial_values():
-    def init():
-        shallow = TINY | {"depths": (1, 1, 1, 1)}
-        return bridge.get_weights(hybrid_flax.create_model("gcvit_s", **shallow, rngs=nnx.Rngs(1)))
-
-    flat = {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(init)()).items()}
-    assert np.std(flat["params/stages/3/blocks/0/mlp/fc1/kernel"]) == pytest.approx(0.02, rel=0.05)
-    assert np.std(flat["params/stages/2/blocks/0/attn/position_bias"]) == pytest.approx(
-        0.02, rel=0.2
+    options = {"dtype": jnp.float32, "rngs": nnx.Rngs(1)}
+    block = gcvit.Block(
+        64,
+        7,
+        is_global=False,
+        mlp_ratio=2,
+        initial_scale=1e-5,
+        drop_path_rate=0.0,
+        implementation="auto",
+        **options,
     )
-    assert (flat["params/stages/0/blocks/0/gamma1"] == np.float32(1e-5)).all()
-    assert not flat["params/stages/0/blocks/0/attn/qkv/bias"].any()
-    assert 0 < np.abs(flat["params/stem/conv/bias"]).max() <= 1 / np.sqrt(27)
-    kernels = [leaf.tobytes() for path, leaf in flat.items() if path.endswith("kernel")]
+    flat = flatten(bridge.get_weights(block)["params"])
+    assert np.std(flat["mlp/fc1/kernel"]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(flat["attn/position_bias"]) == pytest.approx(0.02, rel=0.2)
+    assert (flat["gamma1"] == np.float32(1e-5)).all()
+    assert not flat["attn/qkv/bias"].any()
+    first = gcvit.conv(3, 32, 3, stride=2, use_bias=True, **options)  # of the stem
+    assert 0 < np.abs(first.bias).max() <= 1 / np.sqrt(27)
+    kernels = [np.asarray(leaf).tobytes() for path, leaf in flat.items() if path.endswith("kernel")]
     assert len(set(kernels)) == len(kernels)  # no two parameters share a random key
 
 

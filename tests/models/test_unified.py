@@ -310,6 +310,28 @@ def test_bfloat16_is_the_dtype_of_all_maps_but_the_last(mixer):
     assert {maps[name].dtype for name in maps.keys() - wide} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_a_mixer_without_kernels_has_no_choice():
+    with pytest.raises(ValueError, match="'xla': the mixer convnext has no operation with kernels"):
+        abstract("convnext", implementation="xla")
+    block = abstract("halonet", implementation="xla").stages[0].blocks[0]
+    assert block.mixer.implementation == "xla"
+
+
+class PoolingMixer(Mixer):
+    """README's example; `nnx.avg_pool` returns float32 for any input."""
+
+    def __call__(self, x):
+        return nnx.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False) - x
+
+
+def test_a_mixer_that_widens_its_map_does_not_widen_the_blocks(monkeypatch):
+    monkeypatch.setitem(unified.MIXERS, "pooling", PoolingMixer)
+    model = abstract("convnext", mixer="pooling", image_size=32, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        maps = traced(model, 32, 32)
+    assert {maps[f"stage{i}_blocks"].dtype for i in range(1, 5)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_initial_values():
     place = Place(stage=3, block=0, side=7, detection=False)
 

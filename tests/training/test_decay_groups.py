@@ -9,6 +9,7 @@ import pytest
 import configs
 import convert
 import hybrid_flax
+from hybrid_flax.models.registry import tiny_model
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.weights import bridge
 
@@ -27,8 +28,8 @@ RULES = {
     "swin": ("rank 1", (".bias", "relative_position_bias_table")),
 }
 
-# One of each kind of block. Beside matrices and kernels, which decay, and biases and norms, which
-# do not: every other parameter, with "#" for a number, and whether it decays.
+# One of each kind of block, made small. Beside matrices and kernels, which decay, and biases and
+# norms, which do not: every other parameter, with "#" for a number, and whether it decays.
 SPECIAL = {
     "gcvit_xxt": ("gcvit", {"levels.#.blocks.#.attn.relative_position_bias_table": True}),
     "gcvit_s": (
@@ -87,7 +88,7 @@ SPECIAL = {
 
 def by_released_name(name):
     """{name in the release: (its shape there, whether it decays in our config)}"""
-    model = bridge.abstract(lambda: hybrid_flax.create_model(name))
+    model = bridge.abstract(lambda: hybrid_flax.create_model(name, **tiny_model(name)))
     weights = bridge.get_weights(model)
     config = configs.load(name)
     flags = decayed(weights["params"], config.optimizer)

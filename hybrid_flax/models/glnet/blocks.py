@@ -34,7 +34,7 @@ NORM_EPSILON = 1e-6  # of the layer norms
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one GLNet from another. Heads are 32 channels wide in all of them."""
+    """The numbers that define a GLNet. Heads are 32 channels wide in all of them."""
 
     dim: int  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]

@@ -35,7 +35,7 @@ EPSILON = 1e-6  # of the trunk's and the gram layers' norms; the heads' own have
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one GA-ConvNeXt from another."""
+    """The numbers that define a GA-ConvNeXt."""
 
     dims: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]

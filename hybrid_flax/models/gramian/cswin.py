@@ -42,7 +42,7 @@ HEAD_DIM = 32
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one GA-CSWin from another. Heads are 32 channels wide in all of them."""
+    """The numbers that define a GA-CSWin. Heads are 32 channels wide in all of them."""
 
     depths: tuple[int, int, int, int]
     drop_path: float  # of the last block, stage 5 and the gram layers; linear from 0
@@ -150,7 +150,7 @@ class Block(nnx.Module):
         return maps
 
     def branch(self, parameter: Float[Array, "..."], index: int) -> Float[Array, "..."]:
-        """What one branch has of `qkv`'s kernel or bias, along the last axis."""
+        """Cuts out what one branch has of `qkv`'s kernel or bias, along the last axis."""
         parts = parameter.reshape(*parameter.shape[:-1], 3, self.branches, -1)[..., index, :]
         return parts.reshape(*parameter.shape[:-1], -1).astype(self.dtype)
 

@@ -25,7 +25,7 @@ EMBEDDING_GROUPS = 8
 
 
 def gramian_vector(x: Float[Array, "B H W g"]) -> Float[Array, "B pairs"]:
-    """How the channels of a map agree: the upper triangle of MᵀM, as a unit vector, float32.
+    """Measures how channels agree: the upper triangle of MᵀM, as a unit vector, float32.
 
     M [N, g] has a row for each place. The g(g + 1)/2 entries, diagonal included, come row by row:
     (0,0), (0,1), …, (0,g-1), (1,1), …; groups of the embedding that follows depend on that order.

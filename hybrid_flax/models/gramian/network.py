@@ -30,7 +30,7 @@ TINY_HEADS = {"gram_dim": 16, "heads": 2, "taps": 1}
 
 
 class Trunk(nnx.Module):
-    """What the heads stand on: `trunk(images, train, key)` gives its named maps, in order.
+    """The part below the heads: `trunk(images, train, key)` gives its named maps, in order.
 
     The heads see the last.
     """
@@ -127,7 +127,7 @@ class GramianNet(Backbone):
 
 
 def published(top1: float | None, parameters: int, gflops: float | None) -> ModelInfo:
-    """What all models of the paper have in common: no weights were released."""
+    """Builds the entry of a model of this paper: no weights were released."""
     return ModelInfo(
         paper="Gramian Attention Heads, arXiv:2310.16483",
         top1=top1,

@@ -31,7 +31,7 @@ he_init = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What defines a GA-ResNet."""
+    """The numbers that define a GA-ResNet."""
 
     widths: tuple[int, int, int, int]  # planes of the bottlenecks; stages have four times as many
     depths: tuple[int, int, int, int]

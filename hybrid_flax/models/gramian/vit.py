@@ -42,7 +42,7 @@ EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What defines a GA-ViT. Heads of the trunk are 64 channels wide."""
+    """The numbers that define a GA-ViT. Heads of the trunk are 64 channels wide."""
 
     dim: int
     depth: int

@@ -27,6 +27,7 @@ class DeformableConv(Mixer):
     """
 
     norm_epsilon = 1e-5
+    has_kernels = True
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups = dim // GROUP_DIM

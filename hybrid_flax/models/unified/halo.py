@@ -33,6 +33,7 @@ class HaloAttention(Mixer):
     """
 
     norm_epsilon = 1e-5
+    has_kernels = True
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM

@@ -1,4 +1,4 @@
-"""What the frame asks of a token mixer."""
+"""The contract between the frame and a token mixer."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 class Place(NamedTuple):
-    """Where in the model a mixer stands; it may build itself accordingly."""
+    """The place in the model where a mixer stands; it may build itself accordingly."""
 
     stage: int  # 0 to 3
     block: int  # 0, 1, … within the stage
@@ -25,17 +25,18 @@ class Mixer(nnx.Module):
     """
 
     norm_epsilon = 1e-6  # of both norms of its blocks
+    has_kernels = False  # whether it has an operation of `pallas/`
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Of `dim` channels, computing in `dtype`."""
+        """Builds a mixer of `dim` channels that computes in `dtype`."""
 
     @staticmethod
     def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        """Why a model built for `image_size` cannot take images of this height and width."""
+        """Says why a model built for `image_size` cannot take images of this height and width."""
         return None
 
     def add_positions(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """What is added to the block's input before its first norm."""
+        """Adds learned positions to the block's input, before its first norm; most have none."""
         return x
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -61,7 +61,7 @@ LAYER_SCALE = 1e-6  # initial γ
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What distinguishes one unified model from another."""
+    """The numbers that define a unified model."""
 
     mixer: str  # a key of MIXERS
     dims: tuple[int, int, int, int]  # channels of each stage
@@ -228,6 +228,11 @@ class Unified(Backbone):
     ):
         if variant.mixer not in MIXERS:
             raise InputError(f"unknown mixer {variant.mixer!r}. Known: {', '.join(MIXERS)}")
+        if implementation != "auto" and not MIXERS[variant.mixer].has_kernels:
+            raise InputError(
+                f"implementation={implementation!r}: the mixer {variant.mixer} has no operation "
+                "with kernels to choose for; leave it 'auto'"
+            )
         self.variant = variant
         self.detection = variant.detection
         if variant.detection:

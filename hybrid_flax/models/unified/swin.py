@@ -23,7 +23,7 @@ SHIFT = 3  # of every other block
 
 
 def _window(side: int) -> int:
-    """Of a stage whose map has this side at the size that the model is built for."""
+    """The window of a stage whose map has this side at the size that the model is built for."""
     return min(WINDOW, side)
 
 
@@ -36,6 +36,8 @@ class ShiftedWindowAttention(Mixer):
     than its own wrongly. For detection maps are filled up with zeros on the right and at the
     bottom before the projections, unmasked, as in the official code.
     """
+
+    has_kernels = True
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
