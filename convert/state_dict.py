@@ -97,9 +97,11 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
             for kind, found in problems.items()
             if found
         ]
+        known = any(key in table or key in buffers for key in state)
+        hint = "" if known else ". None of its keys is known: it is of another code base"
         raise InputError(
             f"this state_dict does not fit {type(model).__name__} as it was built (variant, "
-            "num_classes, image_size); nothing was loaded\n" + "\n".join(lines)
+            f"num_classes, image_size); nothing was loaded{hint}\n" + "\n".join(lines)
         )
     bridge.set_weights(model, unflatten(weights))
 
@@ -147,12 +149,15 @@ def classifier_width(model: Backbone, state: Mapping[str, np.ndarray]) -> int:
     for key, entry in _table(model).items():
         if model.structure.is_classifier(entry.path) and entry.path.endswith("/bias"):
             return len(state[key]) if key in state and np.ndim(state[key]) == 1 else entry.shape[0]
-    raise AssertionError(f"{type(model).__name__} has no classifier")
+    raise InputError(
+        f"{type(model).__name__} has no classifier: no parameter's path fits "
+        f"{model.structure.classifier!r}, the `classifier` of its structure"
+    )
 
 
 def layer_names(model: Backbone) -> dict[str, str]:
     """{our path of a layer: the official path}, for layers that own a parameter themselves."""
-    names = {}
+    names: dict[str, str] = {}
     for key, entry in _table(model).items():
         _, path = entry.path.split("/", 1)
         if "/" in path and "." in key:
@@ -173,12 +178,17 @@ def official_model(model: Backbone, name: str) -> Official:
 
 
 def _rules(model: Backbone) -> Rules:
-    family = type(model).__module__.removeprefix("hybrid_flax.models.").split(".")[0]
-    if importlib.util.find_spec(f"convert.{family}") is None:
+    kind = type(model)
+    family = kind.__module__.removeprefix("hybrid_flax.models.").split(".")[0]
+    known: Mapping[type[Backbone], Rules] = {}
+    if importlib.util.find_spec(f"convert.{family}"):
+        known = importlib.import_module(f"convert.{family}").RULES
+    if kind not in known:
         raise InputError(
-            f"there are no conversion rules for {type(model).__name__}: add convert/{family}.py"
+            f"there are no conversion rules for {kind.__name__}: convert/{family}.py, RULES, has "
+            f"some for {', '.join(kind.__name__ for kind in known) or 'none'}"
         )
-    return importlib.import_module(f"convert.{family}").RULES[type(model)]
+    return known[kind]
 
 
 def _for(model: Backbone, pairs: Pairs | Callable[[Any], Pairs]) -> Pairs:

@@ -9,6 +9,7 @@ from convert.official import Official
 from convert.rules import Pairs, Rules
 from hybrid_flax.layers import relative_position_index
 from hybrid_flax.models.unified import VARIANTS, Unified
+from hybrid_flax.models.unified.swin import ShiftedWindowAttention
 from pallas.window_attention.reference import shift_mask
 
 _ATTENTION = ((r"/mixer/", "/attn/"), (r"/gamma([12])$", r"/gamma_\1"))
@@ -69,16 +70,17 @@ def _layouts_of(model: Unified) -> Pairs:
 def _derived_buffers(model: Unified) -> dict[str, np.ndarray]:
     """Entries that the official Swin stores although they follow from window and image size."""
     buffers = {}
-    if model.variant.mixer == "swin":
-        for i, stage in enumerate(model.stages):
-            side = model.image_size // (4 * 2**i)
-            for j, block in enumerate(stage.blocks):
-                window, shift = block.mixer.window, block.mixer.shift
-                index = relative_position_index(window)
-                buffers[f"stages.{i}.{j}.attn.relative_position_index"] = index
-                if shift and not model.variant.detection:
-                    mask = shift_mask(side, side, (window, window), (shift, shift))
-                    buffers[f"stages.{i}.{j}.attn_mask"] = mask
+    for i, stage in enumerate(model.stages):
+        side = model.image_size // (4 * 2**i)
+        for j, block in enumerate(stage.blocks):
+            if not isinstance(block.mixer, ShiftedWindowAttention):
+                continue
+            window, shift = block.mixer.window, block.mixer.shift
+            index = relative_position_index(window)
+            buffers[f"stages.{i}.{j}.attn.relative_position_index"] = index
+            if shift and not model.variant.detection:
+                mask = shift_mask(side, side, (window, window), (shift, shift))
+                buffers[f"stages.{i}.{j}.attn_mask"] = mask
     return buffers
 
 

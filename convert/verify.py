@@ -105,10 +105,10 @@ def verify(
 
 
 def _compare(report, check, model, logits, ours: Mapping[str, Any], theirs: Mapping[str, Any]):
-    names, layers = layer_names(model), []
+    names, layers = layer_names(model), list[dict[str, Any]]()
     for path, (_, array) in sorted(ours.items(), key=lambda item: item[1][0]):
         official = names.get(path)
-        if official not in theirs:
+        if official is None or official not in theirs:
             continue
         array = np.asarray(array, np.float64)
         other = _in_our_layout(theirs[official], array.shape)
@@ -187,7 +187,7 @@ def _images(info: ModelInfo, folder: str | None) -> np.ndarray:
         for photograph in photographs
     ]
     batch = np.stack(pixels).astype(np.float32) / 255
-    return (batch - np.float32(crop.mean)) / np.float32(crop.std)
+    return (batch - np.asarray(crop.mean, np.float32)) / np.asarray(crop.std, np.float32)
 
 
 def show(report: Mapping[str, Any]) -> str:

@@ -173,7 +173,9 @@ def show_memory_table(found: list[MemoryRow]) -> str:
     if all(share.axes == "whole" for share in found):
         total = sum(share.total_bytes for share in found)
         return f"every device holds the whole state, {total / 2**20:,.0f} MiB"
-    rows = [("part", "split over", "arrays", "MiB", "on a device", "largest")]
+    rows: list[tuple[str, ...]] = [
+        ("part", "split over", "arrays", "MiB", "on a device", "largest")
+    ]
     for share in sorted(found, key=lambda share: (share.part, -share.total_bytes)):
         sizes = (f"{size / 2**20:,.1f}" for size in (share.total_bytes, share.chip_bytes))
         rows.append((share.part, share.axes, str(share.arrays), *sizes, share.largest))

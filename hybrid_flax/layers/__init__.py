@@ -3,8 +3,10 @@
 from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, pytorch_init
 from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
 from hybrid_flax.layers.inputs import check_images, training_key
+from hybrid_flax.layers.layer_scale import layer_scale, scaled
 from hybrid_flax.layers.linear import Mlp, linear, normal_init
 from hybrid_flax.layers.norms import BatchNorm, group_batch_norms, layer_norm
+from hybrid_flax.layers.options import BiasedOptions, KernelOptions, Options
 from hybrid_flax.layers.pooling import adaptive_average_pool
 from hybrid_flax.layers.positions import (
     relative_position_bias,
@@ -19,8 +21,11 @@ from pallas.window_attention import attention, window_attention
 
 __all__ = [
     "BatchNorm",
+    "BiasedOptions",
     "DepthwiseConv",
+    "KernelOptions",
     "Mlp",
+    "Options",
     "PointwiseConv",
     "adaptive_average_pool",
     "attention",
@@ -32,6 +37,7 @@ __all__ = [
     "group_batch_norms",
     "halo_attention",
     "layer_norm",
+    "layer_scale",
     "linear",
     "normal_init",
     "pad_to_multiple",
@@ -40,6 +46,7 @@ __all__ = [
     "relative_position_index",
     "resize_position_map",
     "resize_relative_position_bias",
+    "scaled",
     "split_key",
     "training_key",
     "window_attention",

@@ -19,7 +19,11 @@ def matching_bias_init(kernel_init: Initializer, fan_in: int) -> Initializer:
     if kernel_init is not pytorch_init:
         return jax.nn.initializers.zeros
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
+
+    return init
 
 
 def conv(
@@ -60,6 +64,8 @@ class PointwiseConv(nnx.Module):
     With G groups, output channels k·K/G to (k+1)·K/G - 1 see input channels k·C/G to
     (k+1)·C/G - 1.
     """
+
+    bias: nnx.Param | None
 
     def __init__(
         self,
@@ -102,6 +108,8 @@ class DepthwiseConv(nnx.Module):
     XLA's CPU backend runs grouped convolutions 4 to 30 times slower than a sum of shifted products,
     so the formulation is chosen by the platform that is compiled for.
     """
+
+    bias: nnx.Param | None
 
     def __init__(
         self,

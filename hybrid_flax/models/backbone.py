@@ -9,15 +9,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.layers import check_images, training_key
 from hybrid_flax.models.info import ModelInfo
 from hybrid_flax.models.structure import Structure
+
+Maps = dict[str, Array]
 
 
 class Backbone(nnx.Module):
     """Images [B, H, W, 3], normalised, to logits [B, num_classes] in float32.
 
-    A family computes `intermediates` and says what its parts are. Its constructor takes
-    `(variant, *, num_classes, image_size, dtype, rngs)`, and `implementation` where it has kernels.
+    A family computes its `maps` and says what its parts are, and what it cannot take.
     """
 
     structure: ClassVar[Structure]
@@ -29,22 +31,65 @@ class Backbone(nnx.Module):
     dtype: DTypeLike
     detection: bool = False  # a trunk for dense prediction, without a classifier
 
+    def __init__(
+        self,
+        variant: Any,
+        *,
+        num_classes: int,
+        image_size: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        """Builds the model of a row of the family's variants.
+
+        Args:
+          variant: the numbers that define the model.
+          num_classes: width of the classifier.
+          image_size: height and width in pixels that it is meant for.
+          dtype: of the computation.
+          rngs: where initial values come from.
+          options: `implementation=` where the family has kernels.
+
+        Raises:
+          InputError: numbers or a size that do not fit.
+        """
+        raise NotImplementedError
+
     def intermediates(
         self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> dict[str, Float[Array, "..."]]:
-        """Every named map on the way, in order; NHWC. Under `jit`, unused maps cost nothing.
-
-        What is pooled has a name that begins with `pooled`; the last is `logits`, unless the model
-        has no classifier.
+    ) -> Maps:
+        """Every named map on the way, see `maps`. Under `jit`, those not used cost nothing.
 
         Args:
           images: [B, H, W, 3], normalised.
           train: with drop path, which needs `key`, and batch statistics.
 
         Raises:
-          InputError: images of a size or layout that the model does not take.
+          InputError: images of a size or layout that the model does not take; no key for training.
+        """
+        check_images(images.shape)
+        height, width = images.shape[1:3]
+        if reason := self.refusal(height, width):
+            raise InputError(f"images are {height}×{width}, but {reason}")
+        return self.maps(images.astype(self.dtype), train, training_key(train, key))
+
+    def maps(self, x: Float[Array, "B H W 3"], train: bool, key: jax.Array | None) -> Maps:
+        """Computes every named map on the way, in order; NHWC.
+
+        What is pooled [B, C] has a name that begins with `pooled`; the last is `logits`, float32
+        [B, classes], unless the model has no classifier.
+
+        Args:
+          x: images in the model's dtype, of a size that is not refused.
+          train: whether batch norms use the batch's statistics, and move the running ones.
+          key: for drop path; None drops nothing.
         """
         raise NotImplementedError
+
+    def refusal(self, height: int, width: int) -> str | None:
+        """Says why images of this height and width cannot be taken; None if they can."""
+        return None
 
     def __call__(self, images: Array, *, train: bool = False, key: jax.Array | None = None) -> Any:
         """Logits, float32 [B, classes]. `train=True` needs a PRNG `key` for drop path.
@@ -92,6 +137,5 @@ class Family(NamedTuple):
     model: type[Backbone]
     variants: Mapping[str, Any]  # {name: the numbers that define the model, a dataclass}
     published: Mapping[str, ModelInfo]
-    tiny: Callable[
-        [Any], dict[str, Any]
-    ]  # arguments that make one of a few small blocks, for tests
+    # variant → arguments of `create_model` that make one of a few small blocks, for tests
+    tiny: Callable[[Any], dict[str, Any]]

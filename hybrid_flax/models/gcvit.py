@@ -22,19 +22,19 @@ from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
     PointwiseConv,
-    check_images,
     conv,
     drop_path,
     drop_path_rates,
     layer_norm,
+    layer_scale,
     linear,
     normal_init,
     relative_position_bias,
+    scaled,
     split_key,
-    training_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone, Family
+from hybrid_flax.models.backbone import Backbone, Family, Maps
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
 
@@ -177,7 +177,7 @@ class Block(nnx.Module):
         *,
         is_global: bool,
         mlp_ratio: int,
-        layer_scale: float | None,
+        initial_scale: float | None,
         drop_path_rate: float,
         implementation: str,
         dtype: DTypeLike,
@@ -189,12 +189,9 @@ class Block(nnx.Module):
         )
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
-        self.has_layer_scale = layer_scale is not None
-        if self.has_layer_scale:
-            self.gamma1 = nnx.Param(jnp.full(dim, layer_scale, jnp.float32))
-            self.gamma2 = nnx.Param(jnp.full(dim, layer_scale, jnp.float32))
+        self.gamma1 = layer_scale(dim, initial_scale)
+        self.gamma2 = layer_scale(dim, initial_scale)
         self.drop_path_rate = drop_path_rate
-        self.dtype = dtype
 
     def __call__(
         self,
@@ -203,13 +200,9 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
     ) -> Float[Array, "B H W C"]:
         keys = split_key(key, 2)
-        branch = self.attn(self.norm1(x), query_map)
-        if self.has_layer_scale:
-            branch = branch * self.gamma1[None, None, None].astype(self.dtype)
+        branch = scaled(self.attn(self.norm1(x), query_map), self.gamma1)
         x = x + drop_path(branch, self.drop_path_rate, keys[0])
-        branch = self.mlp(self.norm2(x))
-        if self.has_layer_scale:
-            branch = branch * self.gamma2[None, None, None].astype(self.dtype)
+        branch = scaled(self.mlp(self.norm2(x)), self.gamma2)
         return x + drop_path(branch, self.drop_path_rate, keys[1])
 
 
@@ -237,7 +230,7 @@ class Stage(nnx.Module):
                     window,
                     is_global=index % 2 == 1,
                     mlp_ratio=variant.mlp_ratio,
-                    layer_scale=variant.layer_scale,
+                    initial_scale=variant.layer_scale,
                     drop_path_rate=rate,
                     implementation=implementation,
                     dtype=dtype,
@@ -324,18 +317,24 @@ class GCViT(Backbone):
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
         return self.head(x)
 
-    def intermediates(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> dict[str, Float[Array, "..."]]:
-        """Every named map on the way, in order; NHWC.
+    def refusal(self, height: int, width: int) -> str | None:
+        smallest = self.image_size - 3
+        if all(smallest <= side <= self.image_size for side in (height, width)):
+            return None
+        return (
+            f"this GC ViT was built for image_size={self.image_size} and takes heights and widths "
+            f"from {smallest} to {self.image_size}. Resize the images, or build the model for "
+            'their size: create_model("gcvit_...", image_size=...), a multiple of 32'
+        )
+
+    def maps(self, x: Float[Array, "B H W 3"], train: bool, key: jax.Array | None) -> Maps:
+        """Computes every named map on the way, in order; NHWC.
 
         `stem`; for stage 1 to 4 `queryN` [B, w, w, C], `stageN_blocks` and `stageN` (what the stage
-        hands on); `norm`; `pooled` [B, 8C]; `logits` [B, num_classes]. Under `jit`, maps that are
-        not used cost nothing.
+        hands on); `norm`; `pooled` [B, 8C]; `logits` [B, num_classes].
         """
-        _check_size(images.shape, self.image_size)
-        stage_keys = split_key(training_key(train, key), 4)
-        maps = {"stem": (x := self.stem(images.astype(self.dtype)))}
+        stage_keys = split_key(key, 4)
+        maps = {"stem": (x := self.stem(x))}
         for i, stage in enumerate(self.stages, start=1):
             maps[f"query{i}"], maps[f"stage{i}_blocks"], x = stage(x, stage_keys[i - 1])
             maps[f"stage{i}"] = x
@@ -345,21 +344,9 @@ class GCViT(Backbone):
         return maps
 
 
-def _check_size(shape: tuple[int, ...], image_size: int):
-    smallest = image_size - 3
-    check_images(shape)
-    if not all(smallest <= side <= image_size for side in shape[1:3]):
-        raise InputError(
-            f"images are {shape[1]}×{shape[2]}, but this GC ViT was built for "
-            f"image_size={image_size} and takes heights and widths from {smallest} to {image_size}."
-            " Resize the images, or build the model for their size: "
-            'create_model("gcvit_...", image_size=...), a multiple of 32'
-        )
-
-
 def tiny(variant: Variant) -> dict[str, Any]:
     """Arguments of `create_model` for a model of a few small blocks, for tests."""
-    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "mlp_ratio": 2}
+    return {"image_size": 32, "depths": (1, 2, 1, 1), "dim": 32, "mlp_ratio": 2}
 
 
 # ------------------------------------------------------------------------------- the released ones

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     BatchNorm,
+    BiasedOptions,
     DepthwiseConv,
     Mlp,
-    check_images,
     conv,
     drop_path,
     drop_path_rates,
@@ -35,10 +35,9 @@ from hybrid_flax.layers import (
     normal_init,
     pad_to_multiple,
     split_key,
-    training_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone, Family
+from hybrid_flax.models.backbone import Backbone, Family, Maps
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
 
@@ -70,10 +69,15 @@ class Stem(nnx.Module):
     """
 
     def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        like = {"stride": 2, "use_bias": True, "kernel_init": normal_init}
-        self.conv1 = conv(3, dim // 2, 3, **like, dtype=dtype, rngs=rngs)
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": normal_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        self.conv1 = conv(3, dim // 2, 3, stride=2, **options)
         self.bn1 = BatchNorm(dim // 2, dtype=dtype)
-        self.conv2 = conv(dim // 2, dim, 3, **like, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(dim // 2, dim, 3, stride=2, **options)
         self.bn2 = BatchNorm(dim, dtype=dtype)
         self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
 
@@ -163,7 +167,8 @@ class LinearAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.heads, HEAD_DIM)
-        out = linear_attention(*(qkv[:, :, part] for part in range(3)), self.temperature[...])
+        query, key, value = (qkv[:, :, part] for part in range(3))
+        out = linear_attention(query, key, value, self.temperature[...])
         return self.proj(out.reshape(x.shape))
 
 
@@ -308,7 +313,7 @@ class L2ViT(Backbone):
         rates = drop_path_rates(variant.drop_path, variant.depths)
         dims = [variant.dim * 2**i for i in range(4)]
 
-        embeds = [Stem(dims[0], dtype=dtype, rngs=rngs)]
+        embeds: list[Stem | Down] = [Stem(dims[0], dtype=dtype, rngs=rngs)]
         embeds += [Down(dims[i], dims[i + 1], dtype=dtype, rngs=rngs) for i in range(3)]
         self.stages = nnx.List(
             [
@@ -325,19 +330,14 @@ class L2ViT(Backbone):
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
         return self.head(x)
 
-    def intermediates(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> dict[str, Float[Array, "..."]]:
-        """Every named map on the way, in order; NHWC.
+    def maps(self, x: Float[Array, "B H W 3"], train: bool, key: jax.Array | None) -> Maps:
+        """Computes every named map on the way, in order; NHWC.
 
         `stem` or `downN`, what opens the stage; `stageN_block1`, `stageN_block2`, …; `stageN`, the
         last of them; `norm`; `pooled` [B, 8C]; `logits` [B, num_classes]. With `detection=True`
-        `out1` to `out4`, the normalised stages, in place of the last three. Under `jit`, maps that
-        are not used cost nothing.
+        `out1` to `out4`, the normalised stages, in place of the last three.
         """
-        check_images(images.shape)
-        stage_keys = split_key(training_key(train, key), 4)
-        x, maps = images.astype(self.dtype), {}
+        stage_keys, maps = split_key(key, 4), {}
         for i, stage in enumerate(self.stages, start=1):
             maps["stem" if i == 1 else f"down{i}"], *blocks = stage(x, train, stage_keys[i - 1])
             maps |= {f"stage{i}_block{j}": block for j, block in enumerate(blocks, start=1)}
@@ -353,7 +353,7 @@ class L2ViT(Backbone):
 
 def tiny(variant: Variant) -> dict[str, Any]:
     """Arguments of `create_model` for a model of a few small blocks, for tests."""
-    return {"image_size": 32, "depths": (1, 1, 1, 1), "dim": 32, "window": 4}
+    return {"image_size": 32, "depths": (1, 2, 1, 1), "dim": 32, "window": 4}
 
 
 # ------------------------------------------------------------------------------- the released ones
@@ -367,11 +367,19 @@ VARIANTS = {
     "l2vit_b_384": Variant(128, (2, 2, 18, 2), 12, 0.2),
 }
 
+_CENTRE = EvalTransform(0.875, "center", "bicubic")
 _RELEASE = "https://github.com/ChuanyangZheng/L2ViT/releases"
 
 
 def _published(
-    top1, parameters, gflops, file, *, image_size=224, crop=(0.875, "center"), pretrained=""
+    top1,
+    parameters,
+    gflops,
+    file,
+    *,
+    image_size=224,
+    crop=_CENTRE,
+    pretrained="",
 ) -> ModelInfo:
     return ModelInfo(
         paper="L2ViT, arXiv:2501.16182",
@@ -379,7 +387,7 @@ def _published(
         parameters=parameters,
         gflops=gflops,
         image_size=image_size,
-        eval_transform=EvalTransform(*crop, "bicubic"),
+        eval_transform=crop,
         trained_on=pretrained + "ImageNet-1k",
         release_file=file,
         release_page=f"{_RELEASE}/tag/v1.0",
@@ -401,7 +409,7 @@ PUBLISHED = {
         47.5,
         "L2ViT-Base-22k21k-finetune-384-checkpoint-best.pth",
         image_size=384,
-        crop=(1.0, "squash"),
+        crop=EvalTransform(1.0, "squash", "bicubic"),
         pretrained="ImageNet-22k, then ",
     ),
 }

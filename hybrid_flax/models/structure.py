@@ -11,6 +11,15 @@ from typing import NamedTuple
 from hybrid_flax.errors import InputError
 
 _NOTHING = r"(?!)"
+_PARTS = (
+    "stem",
+    "blocks",
+    "opens_stage",
+    "opens_next_stage",
+    "closes_stage",
+    "after_blocks",
+    "end",
+)
 _START = r"(?:^|/)"  # paths may begin with a collection, or with the place in an optimizer's state
 
 
@@ -18,7 +27,7 @@ class Structure(NamedTuple):
     """The parts of a family's models, as regular expressions on paths like `stages/0/norm/scale`.
 
     Every parameter lies in exactly one of `stem`, `blocks`, `opens_stage`, `opens_next_stage`,
-    `closes_stage` and `end`. The groups of `blocks` are numbers, the stage (if there are several)
+    `closes_stage`, `after_blocks` and `end`. The groups of `blocks` are numbers, the stage (if there are several)
     and the block in it; the only group of the others is the stage's number.
     """
 
@@ -28,6 +37,7 @@ class Structure(NamedTuple):
     opens_stage: str = _NOTHING  # its embedding, its downsampler: goes with its first block
     opens_next_stage: str = _NOTHING  # the same, numbered by the stage before
     closes_stage: str = _NOTHING  # goes with its last block
+    after_blocks: str = _NOTHING  # a layer of its own between the last block and the end
     classifier: str = r"head/"  # the layers of the end whose width is the number of classes
     head_blocks: str = _NOTHING  # blocks within the end
     position_bias: str = r"/position_bias$"  # tables [(2w-1)², heads] of relative positions
@@ -50,7 +60,7 @@ class Structure(NamedTuple):
     def block(self, path: str) -> tuple[int, ...] | None:
         """(stage, block) that a parameter lies in; None outside of blocks."""
         match = re.match(self.blocks, path)
-        return tuple(int(group) for group in match.groups() if group) if match else None
+        return tuple(map(int, match.groups())) if match else None
 
     def layer_ids(self, paths: Iterable[str]) -> dict[str, int]:
         """{path of a parameter: the number of its layer}, by the depth of its block.
@@ -69,9 +79,10 @@ class Structure(NamedTuple):
         blocks = {path: self.block(path) for path in paths}
         order = sorted({block for block in blocks.values() if block is not None})
         numbers = {block: number for number, block in enumerate(order, start=1)}
+        last = len(order) + 1 + any(re.match(self.after_blocks, path) for path in paths)
 
-        def of_stage(stage: int, last: bool) -> int:
-            return (max if last else min)(numbers[block] for block in order if block[0] == stage)
+        def of_stage(stage: int, end: bool) -> int:
+            return (max if end else min)(numbers[block] for block in order if block[0] == stage)
 
         def layer(path: str) -> int:
             part, stage = self.part(path)
@@ -80,9 +91,11 @@ class Structure(NamedTuple):
                 return numbers[block]
             if part == "stem":
                 return 0
-            if part == "end":
+            if part == "after_blocks":
                 return len(order) + 1
-            return of_stage(stage + (part == "opens_next_stage"), last=part == "closes_stage")
+            if part == "end":
+                return last
+            return of_stage(stage + (part == "opens_next_stage"), end=part == "closes_stage")
 
         return {path: layer(path) for path in paths}
 
@@ -92,10 +105,7 @@ class Structure(NamedTuple):
         Raises:
           InputError: it lies in none of the parts, or in several.
         """
-        matches = {
-            name: re.match(getattr(self, name), path)
-            for name in ("stem", "blocks", "opens_stage", "opens_next_stage", "closes_stage", "end")
-        }
+        matches = {name: re.match(getattr(self, name), path) for name in _PARTS}
         found = {name: match for name, match in matches.items() if match}
         if len(found) != 1:
             parts = " and ".join(found) or "no part"

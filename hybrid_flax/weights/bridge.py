@@ -6,10 +6,11 @@ keys joined by "/": `params/stages/0/blocks/1/attn/qkv/kernel`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
+Model = TypeVar("Model", bound=nnx.Module)
 Weights = dict[str, Any]  # {"params": nested, "batch_stats": nested where a model has batch norms}
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -32,7 +33,7 @@ def set_weights(model: nnx.Module, weights: Weights) -> None:
         nnx.update(model, state)
 
 
-def abstract(build: Callable[[], nnx.Module]) -> nnx.Module:
+def abstract(build: Callable[[], Model]) -> Model:
     """Builds a model whose weights are only shapes and dtypes: instant, and without memory.
 
     `set_weights` (or `convert.load_state_dict`) makes a real model of it.
@@ -40,7 +41,8 @@ def abstract(build: Callable[[], nnx.Module]) -> nnx.Module:
     return nnx.eval_shape(build)
 
 
-def string_keys(tree):
+def string_keys(tree: Any) -> Any:
+    """Turns all keys of nested dictionaries into strings: list positions are numbers in Flax."""
     if isinstance(tree, dict):
         return {str(key): string_keys(value) for key, value in tree.items()}
     return tree

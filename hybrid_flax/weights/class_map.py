@@ -1,5 +1,6 @@
 """Class maps: which class of a pretrained classifier each class of a dataset is."""
 
+import collections
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -43,10 +44,9 @@ def check_rows(rows: Sequence[int], classes: int) -> None:
             f"class index {outside[0]} is out of range: this classifier has {classes} classes, "
             f"0 to {classes - 1}. Is the checkpoint the one pretrained on ImageNet-22k?"
         )
-    seen = set()
-    repeated = [row for row in rows if row in seen or seen.add(row)]
-    if repeated:
-        raise InputError(f"class index {repeated[0]} is given more than once")
+    row, count = collections.Counter(rows).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"class index {row} is given more than once")
 
 
 def select_classes(

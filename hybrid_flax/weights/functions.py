@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from hybrid_flax.models.structure import Structure
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights.bridge import Weights, string_keys
 
 # What of each block is kept for the backward pass: everything; what comes in; and what the products
@@ -20,7 +20,7 @@ REMAT = {
 }
 
 
-def as_function(model: nnx.Module) -> Callable[..., Any]:
+def as_function(model: Backbone) -> Callable[..., Any]:
     """The model as a pure function: `apply(weights, *args, method="__call__", **kwargs)`."""
     run = as_training_function(model)
 
@@ -31,7 +31,7 @@ def as_function(model: nnx.Module) -> Callable[..., Any]:
 
 
 def as_training_function(
-    model: nnx.Module, remat: str = "none"
+    model: Backbone, remat: str = "none"
 ) -> Callable[..., tuple[Any, Weights]]:
     """Like `as_function`, but returns (output, batch statistics after the call).
 
@@ -50,7 +50,7 @@ def as_training_function(
     return apply
 
 
-def as_recording_function(model: nnx.Module) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def as_recording_function(model: Backbone) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Like `as_function`, but returns (output, {path: (number, what that submodule gave)}).
 
     A path names a module: `stages/0/blocks/1/attn`. The numbers count the calls as they ended.
@@ -68,11 +68,11 @@ def as_recording_function(model: nnx.Module) -> Callable[..., tuple[Any, dict[st
     return apply
 
 
-def _with_weights(model: nnx.Module) -> Callable[[Weights], nnx.Module]:
-    """What makes copies of the model with other weights, also under a trace."""
+def _with_weights(model: Backbone) -> Callable[[Weights], Backbone]:
+    """Gives what makes copies of the model with other weights, also under a trace."""
     graph, _ = nnx.split(model)
 
-    def merge(weights: Weights) -> nnx.Module:
+    def merge(weights: Weights) -> Backbone:
         return nnx.merge(graph, *(nnx.restore_int_paths(tree) for tree in weights.values()))
 
     return merge
@@ -91,9 +91,9 @@ def _recording(module: nnx.Module, records: dict[str, tuple[int, jax.Array]]):
 
 
 @contextlib.contextmanager
-def _rematerialised(module: nnx.Module, policy: Callable[..., bool]):
+def _rematerialised(module: Backbone, policy: Callable[..., bool]):
     """Inside it, the blocks that the model's structure names are computed again backwards."""
-    structure: Structure = module.structure
+    structure = module.structure
 
     def kept(call, path, block, *args, **kwargs):
         if not structure.is_block(path):
@@ -105,7 +105,9 @@ def _rematerialised(module: nnx.Module, policy: Callable[..., bool]):
         @functools.partial(jax.checkpoint, policy=policy)
         def run(state, arrays):
             given = dict(zip(places, arrays, strict=True))
-            args, kwargs = treedef.unflatten([given.get(i, x) for i, x in enumerate(leaves)])
+            args, kwargs = jax.tree.unflatten(
+                treedef, [given.get(i, x) for i, x in enumerate(leaves)]
+            )
             copy = nnx.merge(graph, state)
             return call(copy, *args, **kwargs), nnx.state(copy, nnx.BatchStat)
 
@@ -125,7 +127,7 @@ def _calls_through(module: nnx.Module, through: Callable[..., Any]):
     """
     paths = {id(part): "/".join(map(str, path)) for path, part in nnx.iter_modules(module)}
     kinds = {type(part) for _, part in nnx.iter_modules(module) if part is not module}
-    calls = {}
+    calls: dict[type, Callable[..., Any]] = {}
     for kind in kinds:
         for parent in kind.__mro__:  # a class may inherit its call
             if "__call__" in vars(parent):
@@ -148,12 +150,12 @@ def _calls_through(module: nnx.Module, through: Callable[..., Any]):
         return wrapper
 
     for kind, call in calls.items():
-        kind.__call__ = wrapped(call)
+        kind.__call__ = wrapped(call)  # type: ignore[method-assign]  # that is the point
     try:
         yield
     finally:
         for kind, call in calls.items():
             if kind in own:
-                kind.__call__ = call
+                kind.__call__ = call  # type: ignore[method-assign]
             else:
                 del kind.__call__

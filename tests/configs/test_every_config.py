@@ -26,36 +26,19 @@ from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.models.registry import family_of, tiny_model
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.workdir import to_plain
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.optimizers import trainable
 from hybrid_flax.training.step import weights_of
-from hybrid_flax.weights.paths import flatten, is_classifier
+from hybrid_flax.weights.paths import flatten
 from tests.configs.test_configs import CONFIGS, get_config
 
 CLASSES = 10
 BATCH_SIZE = 8
 PRETRAINED_CLASSES = 16  # in place of 21,841
 KEPT = [15, 3, 0, 8, 1, 12, 9, 4, 7, 2]  # of those, by the class map
-
-BLOCKS = {"depths": (1, 1, 1, 1)}
-HEADS = {"gram_dim": 16, "heads": 2}
-TAPPED = HEADS | {"depths": (1, 1, 2, 1), "taps": 1}
-
-# By the beginning of a model's name: image size, and fields of the family's Variant.
-SMALL = {
-    "gcvit": (32, BLOCKS | {"dim": 32, "mlp_ratio": 2}),
-    "l2vit": (32, BLOCKS | {"dim": 32, "window": 4}),
-    "glnet": (32, BLOCKS | {"dim": 32}),
-    "ga_convnext": (32, TAPPED | {"dims": (16, 16, 16, 32)}),
-    "ga_cswin": (64, TAPPED | {"dim": 64, "gram_dim": 64, "splits": (1, 2, 2)}),
-    "ga_resnet50": (32, TAPPED | {"widths": (8, 8, 8, 8)}),
-    "ga_vit_s": (32, HEADS | {"dim": 64, "depth": 2, "head_channels": 2}),
-    "unified": (32, BLOCKS | {"dims": (32, 32, 80, 64), "mlp_ratios": (2, 2, 2, 2)}),
-    "unified_halonet": (224, BLOCKS | {"dims": (32, 32, 32, 32)}),
-    "unified_swin": (224, BLOCKS | {"dims": (32, 32, 32, 32)}),
-}
 
 
 class Run(NamedTuple):
@@ -69,8 +52,8 @@ class Run(NamedTuple):
 
 def shrink(config, photos):
     """The same recipe for a few small blocks, images and batches; groups are half a batch."""
-    family = max((name for name in SMALL if config.model.name.startswith(name)), key=len)
-    config.model.image_size, overrides = SMALL[family]
+    overrides = tiny_model(config.model.name)
+    config.model.image_size = overrides.pop("image_size")
     with config.unlocked():
         config.model.overrides = overrides
     for section, field in ((config.augment, "mix_group"), (config.model, "batch_norm_group")):
@@ -201,7 +184,8 @@ def test_two_steps(trained, name):
     assert ("label_map" in names) == (config.loss.name == "token_labelling")
 
     # Adam's first step is the rate in every number, where nothing decays; LAMB's is Adam's there.
-    biases = [path for path in before if is_classifier(path) and path.endswith("/bias")]
+    structure = family_of(config.model.name).model.structure
+    biases = [path for path in before if structure.is_classifier(path) and path.endswith("/bias")]
     for old, new, rate in ((before, between, rates(config, 2)[0]), (between, after, None)):
         step = max(np.abs(new[path] - old[path]).max() for path in biases)
         if rate is None:
@@ -244,5 +228,6 @@ def test_fine_tuning_starts_from_the_classes_kept(trained):
     start = flatten(trained("l2vit_b_22k_1k").states[0]["params"])
     assert pretrained.keys() == start.keys()
     for path, array in pretrained.items():
-        kept = array[..., KEPT] if is_classifier(path) else array
+        structure = family_of("l2vit_b").model.structure
+        kept = array[..., KEPT] if structure.is_classifier(path) else array
         np.testing.assert_array_equal(start[path], kept)

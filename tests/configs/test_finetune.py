@@ -13,7 +13,7 @@ from configs.arguments import parse_arguments
 from hybrid_flax.config import build_model, check
 from hybrid_flax.training.optimizers import decayed, trainable
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.paths import flatten, is_classifier
+from hybrid_flax.weights.paths import flatten
 
 
 def test_arguments_change_the_config():
@@ -64,7 +64,7 @@ def test_every_kind_of_model_can_be_tuned_and_probed(name, probe):
     params = bridge.get_weights(model)["params"]
     learns = flatten(trainable(params, config.optimizer))
     assert {path for path, yes in learns.items() if yes} == {
-        path for path in learns if not probe or is_classifier(path)
+        path for path in learns if not probe or model.structure.is_classifier(path)
     }
     assert any(jax.tree.leaves(decayed(params, config.optimizer)))
 

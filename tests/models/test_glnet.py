@@ -127,9 +127,9 @@ def test_every_image_size_is_taken_and_halves_are_rounded_up(tiny, height, width
 def test_stl_rounds_down_and_needs_32_pixels(stl):
     maps = jax.eval_shape(stl.features, images(1, 216, 232))
     assert [x.shape[1:3] for x in maps] == [(54, 58), (27, 29), (13, 14), (6, 7)]
-    with pytest.raises(ValueError, match="images of 31×64 are too small: .* from 32"):
+    with pytest.raises(ValueError, match="images are 31×64, but this GLNet takes .* from 32"):
         stl(images(1, 31, 64))
-    with pytest.raises(ValueError, match="images of 16×16 are too small"):
+    with pytest.raises(ValueError, match="image_size=16: this GLNet takes .* from 32"):
         hybrid_flax.create_model("glnet_stl", image_size=16)
     with pytest.raises(ValueError, match=r"must be \[B, H, W, 3\].*\(1, 3, 64, 64\)"):
         stl(jnp.zeros((1, 3, 64, 64)))

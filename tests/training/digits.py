@@ -43,7 +43,7 @@ def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 1)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model.structure)
     step = make_train_step(as_training_function(model), optimizer, schedule, config, mesh)
     # A copy: the step consumes its state.
     state = jax.device_put(_first_state(name), replicated(mesh), may_alias=False)
@@ -82,8 +82,9 @@ def _first_state(name: str):
 
     @jax.jit
     def begin():
-        weights = bridge.get_weights(build_model(config, rngs=nnx.Rngs(0)))
-        optimizer = make_optimizer(config.optimizer, lambda step: 0.0)
+        model = build_model(config, rngs=nnx.Rngs(0))
+        weights = bridge.get_weights(model)
+        optimizer = make_optimizer(config.optimizer, lambda step: 0.0, model.structure)
         return new_state(weights, optimizer, config.ema_decay)
 
     return begin()

@@ -6,7 +6,7 @@ import torch
 
 import hybrid_flax
 from configs import recipes
-from hybrid_flax.training.layer_decay import layer_ids
+from hybrid_flax.models.gcvit import GCViT
 from hybrid_flax.training.optimizers import decayed, make_optimizer, trainable
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
@@ -34,7 +34,7 @@ def test_decay_has_exceptions_by_path():
 
 def test_lamb_scales_each_decayed_parameter_by_its_norm():
     config = recipes.gramian("ga_convnext_t").optimizer
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
     grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -45,7 +45,7 @@ def test_lamb_scales_each_decayed_parameter_by_its_norm():
 
 def test_clipping_decay_and_step_size_of_adamw():
     config = recipes.gcvit("gcvit_b", batch_size=4096).optimizer
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
     grads = {"kernel": jnp.full((2, 2), 1e3), "bias": jnp.full(2, 1e3)}
     updates, state = optimizer.update(grads, optimizer.init(params), params)
@@ -78,7 +78,7 @@ def numbers(seed):
 
 def ours(config, steps=5, rate=0.1):
     """What `steps` updates make of the parameters."""
-    optimizer = make_optimizer(config, lambda step: rate)
+    optimizer = make_optimizer(config, lambda step: rate, GCViT.structure)
     params = numbers(0)
     state = optimizer.init(params)
     for step in range(steps):
@@ -153,7 +153,7 @@ def test_adafactor_steps_by_the_size_of_the_parameter():
     want = start - 0.1 * np.sign(numbers(1)["block"]["kernel"]) * np.sqrt(np.mean(start**2))
     np.testing.assert_allclose(got["block/kernel"], want, rtol=1e-5, atol=1e-6)
     # Large matrices keep a row and a column: 300 + 200 numbers for 60,000.
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     state = optimizer.init({"kernel": jnp.zeros((300, 200))})
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 600
 
@@ -187,13 +187,13 @@ def test_what_is_frozen_neither_moves_nor_decays_nor_costs_memory():
     config = config_of(freeze=(r"^(?!head/)",), clip_norm=0.5, layer_decay=0.5)
     params = {"stages": {"0": {"blocks": {"0": numbers(0)["block"]}}}, "head": numbers(0)["head"]}
     grads = {"stages": {"0": {"blocks": {"0": numbers(1)["block"]}}}, "head": numbers(1)["head"]}
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     state = optimizer.init(params)
     assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(), (4, 2), (2,)}
     updates, _ = optimizer.update(grads, state, params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["stages"]))
     # Alone it would get the same: the frozen gradients are not in the norm.
-    alone = make_optimizer(config_of(clip_norm=0.5), lambda step: 0.1)
+    alone = make_optimizer(config_of(clip_norm=0.5), lambda step: 0.1, GCViT.structure)
     head = {"head": params["head"]}
     want, _ = alone.update({"head": grads["head"]}, alone.init(head), head)
     assert_same(flatten(updates["head"]), flatten(want["head"]))
@@ -203,7 +203,7 @@ def test_unusable_freezing_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.freeze: 'haed' matches no parameter"):
         trainable(numbers(0), config_of(freeze=("^head", "haed")))
     with pytest.raises(ValueError, match=r"freeze=\('.',\) leaves no parameter to train"):
-        make_optimizer(config_of(freeze=(".",)), lambda step: 0.1).init(numbers(0))
+        make_optimizer(config_of(freeze=(".",)), lambda step: 0.1, GCViT.structure).init(numbers(0))
 
 
 def test_the_rate_falls_with_the_distance_from_the_head():
@@ -214,39 +214,10 @@ def test_the_rate_falls_with_the_distance_from_the_head():
         "stages": {"0": {"blocks": {"0": block, "1": block}}},
         "head": block,
     }
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     flat = flatten(updates)
     head = flat["head/kernel"]  # decay included: it belongs to the rate
     np.testing.assert_allclose(flat["stages/0/blocks/1/kernel"], head / 2, rtol=1e-6)
     np.testing.assert_allclose(flat["stages/0/blocks/0/kernel"], head / 4, rtol=1e-6)
     np.testing.assert_allclose(flat["stem/conv/kernel"], head / 8, rtol=1e-6)
-
-
-# How many layers: a stem, the blocks, (GA's bottleneck over the stages,) the classifier; and where
-# what lies between the blocks belongs.
-LAYERS = {
-    "gcvit_xxt": (2 + 2 + 6 + 2, {"stages/0/downsample/reduction/kernel": 2, "norm/scale": 13}),
-    "l2vit_t": (2 + 2 + 6 + 2, {"stages/0/embed/conv1/kernel": 0, "stages/1/embed/norm/bias": 3}),
-    "glnet_4g_tklb": (4 + 4 + 18 + 4, {"stages/1/embed/bn/scale": 5, "token_head/bias": 31}),
-    "ga_convnext_t": (18 + 1, {"trunk/downsamplers/0/conv/kernel": 4, "heads/4/gamma1": 20}),
-    "ga_cswin_t": (1 + 2 + 21 + 1 + 1, {"trunk/merges/2/conv/kernel": 25, "trunk/stage5/mix": 26}),
-    "ga_resnet50": (3 + 4 + 6 + 3 + 1, {"trunk/stem/conv/kernel": 0, "trunk/stage5/": 17}),
-    "ga_vit_s": (12, {"trunk/positions": 0, "trunk/blocks/11/norm1/bias": 12, "trunk/norm/": 13}),
-    "unified_pvt_micro": (9, {"stages/1/downsample/conv/kernel": 3, "stages/0/norm/scale": 2}),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_every_parameter_has_its_layer(name):
-    blocks, places = LAYERS[name]
-    model = bridge.abstract(lambda: hybrid_flax.create_model(name))
-    ids = layer_ids(flatten(bridge.get_weights(model)["params"]))
-    assert set(ids.values()) == set(range(blocks + 2))
-    for start, layer in places.items():
-        assert {number for path, number in ids.items() if path.startswith(start)} == {layer}
-
-
-def test_an_unknown_place_in_the_network_is_named():
-    with pytest.raises(ValueError, match="how deep in the network neck/kernel lies is not known"):
-        layer_ids(["stem/kernel", "neck/kernel"])

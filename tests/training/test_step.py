@@ -9,6 +9,7 @@ from configs import quickstart
 from hybrid_flax.build import CompiledOnce
 from hybrid_flax.distributed.batch import check_batch_size, to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.models.gcvit import GCViT
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import (
@@ -56,7 +57,7 @@ def batch(size=16, seed=0):
 def build(config, mesh):
     """(train step, fresh state on the mesh)"""
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, 10)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, GCViT.structure)
     step = make_train_step(as_training_function(model()), optimizer, schedule, config, mesh)
     params = jax.tree.map(jnp.copy, bridge.get_weights(model()))
     state = jax.device_put(new_state(params, optimizer, config.ema_decay), replicated(mesh))
@@ -102,7 +103,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch():
         config.accumulation_steps = count
         mesh = make_mesh(jax.devices()[:4])
         schedule = make_schedule(config.schedule, 1e-3, 10)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer, schedule, GCViT.structure)
         step = make_train_step(apply, optimizer, schedule, config, mesh)
         state = new_state(jax.tree.map(jnp.copy, params), optimizer, config.ema_decay)
         _, metrics = step(jax.device_put(state, replicated(mesh)), to_devices(batch(), mesh))

@@ -9,6 +9,7 @@ from configs import finetune, recipes
 from hybrid_flax.config import check
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.gcvit import GCViT
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
 
@@ -34,7 +35,7 @@ def steps(config, count):
         "batch_stats": {"norm": {"count": jnp.zeros((), jnp.int32)}},
     }
     weights["params"]["head"]["bias"] = jnp.zeros(4)
-    optimizer = make_optimizer(config.optimizer, lambda step: 0.1)
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.1, GCViT.structure)
     mesh = make_mesh(jax.devices()[:1])
     step = make_train_step(apply, optimizer, lambda step: 0.1, config, mesh)
     batch = {

@@ -240,7 +240,7 @@ def test_ten_steps(name, monkeypatch):
     schedule = make_schedule(
         config.schedule, peak_learning_rate(config.optimizer, config.batch_size), PER_EPOCH
     )
-    optimizer = keeping_gradients(make_optimizer(config.optimizer, schedule))
+    optimizer = keeping_gradients(make_optimizer(config.optimizer, schedule, model.structure))
     mesh = make_mesh(jax.devices()[:1])
     step = step_module.make_train_step(apply, optimizer, schedule, config, mesh)
 

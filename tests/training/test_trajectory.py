@@ -61,7 +61,7 @@ def trained(request) -> Trajectory:
     def schedule(step):
         return rates[step]
 
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer, schedule, model.structure)
     mesh = make_mesh(jax.devices()[:1])
     metrics = []
     with pytest.MonkeyPatch.context() as patch:

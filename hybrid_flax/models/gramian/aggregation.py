@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     BatchNorm,
+    BiasedOptions,
+    KernelOptions,
     PointwiseConv,
     adaptive_average_pool,
     conv,
@@ -56,7 +58,12 @@ class SqueezeExcite(nnx.Module):
 
     def __init__(self, dim: int, *, kernel_init: Initializer, dtype: DTypeLike, rngs: nnx.Rngs):
         inner = max(8, (dim // 4 + 4) // 8 * 8)
-        options = {"use_bias": True, "kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": kernel_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.reduce = PointwiseConv(dim, inner, **options)
         self.expand = PointwiseConv(inner, dim, **options)
 
@@ -87,7 +94,7 @@ class Bottleneck(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        options = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
+        options: KernelOptions = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
         self.conv1 = PointwiseConv(dim, width, **options)
         self.norm1 = BatchNorm(width, dtype=dtype)
         self.conv2 = conv(width, width, 3, stride=stride, **options)

@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -21,13 +20,15 @@ from hybrid_flax.layers import (
     drop_path,
     drop_path_rates,
     layer_norm,
+    layer_scale,
     normal_init,
+    scaled,
     split_key,
 )
 from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
 
 EPSILON = 1e-6  # of the trunk's and the gram layers' norms; the heads' own have 1e-5
 
@@ -79,15 +80,13 @@ class Block(nnx.Module):
         )
         self.norm = layer_norm(dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, 4 * dim, dtype=dtype, rngs=rngs)
-        self.gamma = nnx.Param(jnp.full(dim, 1e-6, jnp.float32))
+        self.gamma = layer_scale(dim, 1e-6)
         self.drop_path_rate = drop_path_rate
-        self.dtype = dtype
 
     def __call__(
         self, x: Float[Array, "B H W C"], key: jax.Array | None = None
     ) -> Float[Array, "B H W C"]:
-        branch = self.mlp(self.norm(self.depthwise(x)))
-        branch = branch * self.gamma[None, None, None].astype(self.dtype)
+        branch = scaled(self.mlp(self.norm(self.depthwise(x))), self.gamma)
         return x + drop_path(branch, self.drop_path_rate, key)
 
 
@@ -116,14 +115,14 @@ class Stage(nnx.Module):
     def outputs(
         self, x: Float[Array, "B H W C"], key: jax.Array | None = None
     ) -> list[Float[Array, "B H W C"]]:
-        """Of each block."""
+        """Gives the output of each block."""
         outputs = []
         for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             outputs.append(x := block(x, block_key))
         return outputs
 
 
-class ConvNeXt(nnx.Module):
+class ConvNeXt(Trunk):
     """The trunk: stem, four stages, their aggregation, stage 5."""
 
     def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -174,7 +173,7 @@ class GAConvNeXt(GramianNet):
 
     trunk_class = ConvNeXt
     structure = STRUCTURE._replace(
-        blocks=r"trunk/stages/(\d+)/blocks/(\d+)/|trunk/stage(5)/",
+        blocks=r"trunk/stages/(\d+)/blocks/(\d+)/",
         opens_next_stage=r"trunk/downsamplers/(\d+)/",
         head_blocks=r"heads/\d+/gram_layer/blocks/\d+/",
     )

@@ -21,6 +21,7 @@ from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
+    Options,
     PointwiseConv,
     conv,
     drop_path,
@@ -34,7 +35,7 @@ from hybrid_flax.layers.convolutions import pytorch_init
 from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
 
 HEAD_DIM = 32
 
@@ -128,13 +129,15 @@ class Block(nnx.Module):
     def attend(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B H W half"]]:
         """Attention of the vertical stripes, then of the horizontal ones; or of the whole map."""
         _, height, width, dim = x.shape
-        windows = ((height, self.split), (self.split, width))
         if self.split is None:
-            windows = ((height, width),)
+            windows = [(height, width)]
+        else:
+            windows = [(height, self.split), (self.split, width)]
         x, heads, maps = self.norm1(x), dim // HEAD_DIM // self.branches, []
         for i, window in enumerate(windows):
             # Each branch projects for itself: its query, key and value come packed, uncopied.
-            kernel, bias = (self.branch(p[...], i) for p in (self.qkv.kernel, self.qkv.bias))
+            kernel = self.branch(self.qkv.kernel[...], i)
+            bias = self.branch(self.qkv.bias[...], i)  # type: ignore[index]  # it has one
             qkv = x @ kernel + bias.reshape(1, 1, 1, -1)
             out = window_attention(
                 qkv.reshape(*x.shape[:3], 3, heads, HEAD_DIM),
@@ -142,7 +145,7 @@ class Block(nnx.Module):
                 local_kernel=self.lepe[i].kernel[...].reshape(3, 3, heads, HEAD_DIM),
                 implementation=self.implementation,
             )
-            lepe_bias = self.lepe[i].bias[...].astype(out.dtype)
+            lepe_bias = self.lepe[i].bias[...].astype(out.dtype)  # type: ignore[index]  # it has one
             maps.append(out.reshape(*x.shape[:3], -1) + lepe_bias.reshape(1, 1, 1, -1))
         return maps
 
@@ -176,7 +179,7 @@ class AggregatedBlock(nnx.Module):
         return self.block(self.mix(x), key)
 
 
-class CSWin(nnx.Module):
+class CSWin(Trunk):
     """The trunk: stem, four stages, their aggregation, stage 5."""
 
     def __init__(
@@ -199,7 +202,7 @@ class CSWin(nnx.Module):
             raise InputError(f'stage5={variant.stage5!r}: expected "block" or "bottleneck"')
         self.sides = (image_size, image_size)
         self.taps = tap_places(variant.depths[2], variant.taps)
-        options = {"dtype": dtype, "rngs": rngs}
+        options: Options = {"dtype": dtype, "rngs": rngs}
         dims = [variant.dim * 2**i for i in range(4)]
         rates = drop_path_rates(variant.drop_path, variant.depths)
         self.stem = Stem(dims[0], **options)
@@ -220,6 +223,7 @@ class CSWin(nnx.Module):
             ]
         )
         aggregated = sum(dims) + variant.taps * dims[2]
+        self.stage5: AggregatedBlock | Bottleneck
         if variant.stage5 == "block":
             self.stage5 = AggregatedBlock(
                 aggregated, dims[3], splits[2], variant.drop_path, implementation, **options
@@ -269,7 +273,9 @@ class GACSWin(GramianNet):
     has_kernels = True
 
     @staticmethod
-    def make_head(variant: Variant, num_classes: int, *, implementation: str, **options) -> Head:
+    def make_head(
+        variant: Variant, num_classes: int, *, implementation: str = "auto", **options: Any
+    ) -> Head:
         dim = 8 * variant.dim
         return Head(
             dim,

@@ -10,11 +10,14 @@ from jaxtyping import Array, Float
 
 from hybrid_flax.layers import (
     BatchNorm,
+    BiasedOptions,
     PointwiseConv,
     attention,
     layer_norm,
+    layer_scale,
     linear,
     normal_init,
+    scaled,
 )
 
 ATTENTION_HEADS = 8
@@ -53,9 +56,14 @@ class GroupedMlp(nnx.Module):
     def __init__(
         self, dim: int, groups: int, *, kernel_init: Initializer, dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        options = {"groups": groups, "use_bias": True, "kernel_init": kernel_init}
-        self.fc1 = PointwiseConv(dim, 4 * dim, **options, dtype=dtype, rngs=rngs)
-        self.fc2 = PointwiseConv(4 * dim, dim, **options, dtype=dtype, rngs=rngs)
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": kernel_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        self.fc1 = PointwiseConv(dim, 4 * dim, groups=groups, **options)
+        self.fc2 = PointwiseConv(4 * dim, dim, groups=groups, **options)
         self.groups = groups
 
     def __call__(self, x: Float[Array, "B 1 C"]) -> Float[Array, "B 1 C"]:
@@ -109,7 +117,12 @@ class Head(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        options = {"use_bias": True, "kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": kernel_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.contraction = PointwiseConv(dim, gram_dim, groups=contraction_groups, **options)
         self.contraction_norm = BatchNorm(gram_dim, dtype=dtype)
         self.gram_layer = gram_layer
@@ -118,12 +131,11 @@ class Head(nnx.Module):
         self.embedding_norm = BatchNorm(dim, dtype=dtype)
         self.norm1 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.attn = ClassAttention(dim, head_channels, dtype=dtype, rngs=rngs)
-        self.gamma1 = nnx.Param(jnp.full(dim, 1e-4, jnp.float32))
+        self.gamma1 = layer_scale(dim, 1e-4)
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = GroupedMlp(dim, mlp_groups, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.gamma2 = nnx.Param(jnp.full(dim, 1e-4, jnp.float32))
+        self.gamma2 = layer_scale(dim, 1e-4)
         self.classifier = linear(dim, num_classes, dtype=jnp.float32, rngs=rngs)
-        self.dtype = dtype
 
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, key: jax.Array | None = None
@@ -141,9 +153,9 @@ class Head(nnx.Module):
         token = maps["embed"][:, None]
         tokens = jnp.concatenate([token, x.reshape(len(x), -1, x.shape[-1])], axis=1)
         maps["class_attn"] = self.attn(self.norm1(tokens))
-        token = token + maps["class_attn"] * self.gamma1[None, None].astype(self.dtype)
+        token = token + scaled(maps["class_attn"], self.gamma1)
         maps["mlp"] = self.mlp(self.norm2(token))
-        token = token + maps["mlp"] * self.gamma2[None, None].astype(self.dtype)
+        token = token + scaled(maps["mlp"], self.gamma2)
         maps["pooled"] = token[:, 0]
         maps["logits"] = self.classifier(maps["pooled"].astype(jnp.float32))
         return maps

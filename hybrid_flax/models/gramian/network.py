@@ -9,9 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
-from hybrid_flax.layers import check_images, split_key, training_key
-from hybrid_flax.models.backbone import Backbone
+from hybrid_flax.layers import split_key
+from hybrid_flax.models.backbone import Backbone, Maps
 from hybrid_flax.models.gramian.heads import Head
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
@@ -19,7 +18,8 @@ from hybrid_flax.models.structure import Structure
 # What the kinds have in common; they add their blocks.
 STRUCTURE = Structure(
     stem=r"trunk/stem/",
-    blocks=r"trunk/stages/(\d+)/(\d+)/|trunk/stage(5)/",
+    blocks=r"trunk/stages/(\d+)/(\d+)/",
+    after_blocks=r"trunk/stage5/",
     end=r"heads/",
     classifier=r"heads/\d+/classifier/",
 )
@@ -29,28 +29,41 @@ STRUCTURE = Structure(
 TINY_HEADS = {"gram_dim": 16, "heads": 2, "taps": 1}
 
 
+class Trunk(nnx.Module):
+    """What the heads stand on: `trunk(images, train, key)` gives its named maps, in order.
+
+    The heads see the last.
+    """
+
+    sides: tuple[int, int]  # the smallest and the largest height and width that it takes
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], train: bool = False, key: jax.Array | None = None
+    ) -> Maps:
+        raise NotImplementedError
+
+
 class GramianNet(Backbone):
     """Images [B, H, W, 3], normalised, to the sum of the heads' logits; training: to each head's.
 
     A kind of model says what its trunk is and what its heads are:
 
-    - `trunk_class(variant, image_size, dtype=, rngs=)`, a module that is called with
-      `(images, train, key)` and returns its named maps in order; the last is what the heads see.
-      Its attribute `sides` holds the smallest and the largest height and width that it takes.
+    - `trunk_class(variant, image_size, dtype=, rngs=)`, a `Trunk`.
     - `make_head(variant, num_classes, dtype=, rngs=)`. Variants say how many there are.
 
     Both are given `implementation=` too where the kind `has_kernels`.
     """
 
-    trunk_class: ClassVar[Callable[..., nnx.Module]]
+    trunk_class: ClassVar[Callable[..., Trunk]]
 
     @staticmethod
-    def make_head(variant, num_classes: int, **options) -> Head:
+    def make_head(variant: Any, num_classes: int, **options: Any) -> Head:
+        """Builds one head; all are alike."""
         raise NotImplementedError
 
     def __init__(
         self,
-        variant,
+        variant: Any,
         *,
         num_classes: int,
         image_size: int,
@@ -79,19 +92,27 @@ class GramianNet(Backbone):
         maps = self.intermediates(images, train=train, key=key)
         return maps["head_logits"] if train else maps["logits"]
 
-    def intermediates(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> dict[str, Float[Array, "..."]]:
-        """Every named map on the way, in order; NHWC.
+    def refusal(self, height: int, width: int) -> str | None:
+        low, high = self.trunk.sides
+        if all(low <= side <= high for side in (height, width)):
+            return None
+        taken = f"from {low} to {high}" if low < high else f"of {low}"
+        return (
+            f"this {type(self).__name__} was built for image_size={self.image_size} and takes "
+            f"heights and widths {taken}. Resize the images, or build the model for their size: "
+            'create_model("ga_...", image_size=...)'
+        )
+
+    def maps(self, x: Float[Array, "B H W 3"], train: bool, key: jax.Array | None) -> Maps:
+        """Computes every named map on the way, in order; NHWC.
 
         The trunk's: `stem`, `stage1` to `stage4`, `aggregate`, `stage5`, and what is its own. Of
         head k: `hK_contract` and `hK_layer` [B, H, W, g], `hK_gram` [B, g(g + 1)/2], `hK_embed`
         [B, D], `hK_class_attn` and `hK_mlp` [B, 1, D], `pooled_K` [B, D]. `head_logits` [heads, B,
-        num_classes]; `logits`, their sum. Under `jit`, maps that are not used cost nothing.
+        num_classes]; `logits`, their sum.
         """
-        self._check_size(images.shape)
-        trunk_key, *head_keys = split_key(training_key(train, key), 1 + len(self.heads))
-        maps = self.trunk(images.astype(self.dtype), train, trunk_key)
+        trunk_key, *head_keys = split_key(key, 1 + len(self.heads))
+        maps = self.trunk(x, train, trunk_key)
         *_, x = maps.values()
         head_logits = []
         for k, (head, head_key) in enumerate(zip(self.heads, head_keys, strict=True)):
@@ -103,17 +124,6 @@ class GramianNet(Backbone):
         maps["head_logits"] = jnp.stack(head_logits)
         maps["logits"] = maps["head_logits"].sum(0)
         return maps
-
-    def _check_size(self, shape: tuple[int, ...]):
-        check_images(shape)
-        low, high = self.trunk.sides
-        if not all(low <= side <= high for side in shape[1:3]):
-            taken = f"from {low} to {high}" if low < high else f"of {low}"
-            raise InputError(
-                f"images are {shape[1]}×{shape[2]}, but this {type(self).__name__} was built for "
-                f"image_size={self.image_size} and takes heights and widths {taken}. Resize the "
-                'images, or build the model for their size: create_model("ga_...", image_size=...)'
-            )
 
 
 def published(top1: float | None, parameters: int, gflops: float | None) -> ModelInfo:

@@ -20,11 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.layers import BatchNorm, conv, drop_path_rates, normal_init, split_key
+from hybrid_flax.layers import BatchNorm, Options, conv, drop_path_rates, normal_init, split_key
 from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
 
 he_init = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 
@@ -55,7 +55,7 @@ class Stem(nnx.Module):
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-class ResNet(nnx.Module):
+class ResNet(Trunk):
     """The trunk: stem, four stages of bottlenecks, their aggregation, stage 5."""
 
     def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -63,10 +63,10 @@ class ResNet(nnx.Module):
             raise InputError(f"image_size={image_size}: GA-ResNet needs a multiple of 32")
         self.sides = (image_size - 15, image_size)
         self.taps = tap_places(variant.depths[2], variant.taps)
-        options = {"dtype": dtype, "rngs": rngs}
+        options: Options = {"dtype": dtype, "rngs": rngs}
         dim = variant.widths[0]
         self.stem = Stem(dim, **options)
-        stages = []
+        stages: list[nnx.List] = []
         rates = drop_path_rates(variant.drop_path, variant.depths)
         for stage_rates, width in zip(rates, variant.widths, strict=True):
             blocks = []

@@ -33,7 +33,7 @@ from hybrid_flax.layers import (
 )
 from hybrid_flax.models.backbone import Family
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, GramianNet, published
+from hybrid_flax.models.gramian.network import STRUCTURE, GramianNet, Trunk, published
 
 PATCH = 16
 HEAD_DIM = 64
@@ -68,12 +68,13 @@ class Block(nnx.Module):
     ) -> Float[Array, "B N C"]:
         keys = split_key(key, 2)
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, -1, HEAD_DIM)
-        out = attention(*(qkv[:, :, part] for part in range(3)))
+        query, key_, value = (qkv[:, :, part] for part in range(3))
+        out = attention(query, key_, value)
         x = x + drop_path(self.proj(out.reshape(x.shape)), self.drop_path_rate, keys[0])
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, keys[1])
 
 
-class ViT(nnx.Module):
+class ViT(Trunk):
     """The trunk: patches of 16×16 pixels with learned positions, blocks, a norm."""
 
     def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -81,8 +82,17 @@ class ViT(nnx.Module):
             raise InputError(f"image_size={image_size}: GA-ViT needs a multiple of {PATCH}")
         self.sides = (image_size, image_size)
         dim = variant.dim
-        options = {"kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
-        self.patches = conv(3, dim, PATCH, stride=PATCH, padding=0, use_bias=True, **options)
+        self.patches = conv(
+            3,
+            dim,
+            PATCH,
+            stride=PATCH,
+            padding=0,
+            use_bias=True,
+            kernel_init=normal_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
         tokens = (image_size // PATCH) ** 2
         self.positions = nnx.Param(normal_init(rngs.params(), (tokens, dim), jnp.float32))
         (rates,) = drop_path_rates(variant.drop_path, (variant.depth,))

@@ -4,7 +4,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.layers import DepthwiseConv, PointwiseConv, normal_init
+from hybrid_flax.layers import BiasedOptions, DepthwiseConv, PointwiseConv, normal_init
 from hybrid_flax.models.unified.mixer import Mixer, Place
 
 
@@ -16,7 +16,12 @@ class DepthwiseMixer(Mixer):
     """
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        options = {"use_bias": True, "kernel_init": normal_init, "dtype": dtype, "rngs": rngs}
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": normal_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         self.input_proj = PointwiseConv(dim, dim, **options)
         self.depthwise = DepthwiseConv(dim, 7, **options)
         self.output_proj = PointwiseConv(dim, dim, **options)

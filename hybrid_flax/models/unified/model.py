@@ -25,19 +25,20 @@ from jaxtyping import Array, Float
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     BatchNorm,
+    BiasedOptions,
     Mlp,
     PointwiseConv,
-    check_images,
     conv,
     drop_path,
     drop_path_rates,
     layer_norm,
+    layer_scale,
     linear,
     normal_init,
+    scaled,
     split_key,
-    training_key,
 )
-from hybrid_flax.models.backbone import Backbone, Family
+from hybrid_flax.models.backbone import Backbone, Family, Maps
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.models.unified.deformable import DeformableConv
@@ -76,10 +77,15 @@ class Stem(nnx.Module):
     """Two strided convolutions with norms; [B, H, W, 3] → [B, ⌈H/4⌉, ⌈W/4⌉, C]."""
 
     def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        options = {"stride": 2, "use_bias": True, "kernel_init": normal_init}
-        self.conv1 = conv(3, dim // 2, 3, **options, dtype=dtype, rngs=rngs)
+        options: BiasedOptions = {
+            "use_bias": True,
+            "kernel_init": normal_init,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        self.conv1 = conv(3, dim // 2, 3, stride=2, **options)
         self.norm1 = layer_norm(dim // 2, epsilon=EPSILON, dtype=dtype, rngs=rngs)
-        self.conv2 = conv(dim // 2, dim, 3, **options, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(dim // 2, dim, 3, stride=2, **options)
         self.norm2 = layer_norm(dim, epsilon=EPSILON, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H4 W4 C"]:
@@ -117,10 +123,10 @@ class Block(nnx.Module):
     ):
         self.norm1 = layer_norm(dim, epsilon=mixer.norm_epsilon, dtype=dtype, rngs=rngs)
         self.mixer = mixer(dim, place, dtype=dtype, rngs=rngs)
-        self.gamma1 = nnx.Param(jnp.full(dim, LAYER_SCALE, jnp.float32))
+        self.gamma1 = layer_scale(dim, LAYER_SCALE)
         self.norm2 = layer_norm(dim, epsilon=mixer.norm_epsilon, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dim * mlp_ratio, dtype=dtype, rngs=rngs)
-        self.gamma2 = nnx.Param(jnp.full(dim, LAYER_SCALE, jnp.float32))
+        self.gamma2 = layer_scale(dim, LAYER_SCALE)
         self.keeps_positions = not place.detection
         self.drop_path_rate = drop_path_rate
 
@@ -130,9 +136,10 @@ class Block(nnx.Module):
         keys = split_key(key, 2)
         placed = self.mixer.add_positions(x)
         x = placed if self.keeps_positions else x
-        branch = self.mixer(self.norm1(placed)) * self.gamma1[None, None, None].astype(x.dtype)
+        mixed = self.mixer(self.norm1(placed)).astype(x.dtype)  # some of JAX's poolings widen it
+        branch = scaled(mixed, self.gamma1)
         x = x + drop_path(branch, self.drop_path_rate, keys[0])
-        branch = self.mlp(self.norm2(x)) * self.gamma2[None, None, None].astype(x.dtype)
+        branch = scaled(self.mlp(self.norm2(x)), self.gamma2)
         return x + drop_path(branch, self.drop_path_rate, keys[1])
 
 
@@ -227,7 +234,7 @@ class Unified(Backbone):
             self.feature_maps = ("out1", "out2", "out3", "out4")
         self.image_size = image_size
         self.dtype = dtype
-        if reason := self._refusal(image_size, image_size):
+        if reason := self.refusal(image_size, image_size):
             raise InputError(f"image_size={image_size}: {reason}")
 
         self.stem = Stem(variant.dims[0], dtype=dtype, rngs=rngs)
@@ -254,21 +261,15 @@ class Unified(Backbone):
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
         return self.head(x)
 
-    def intermediates(
-        self, images: Array, *, train: bool = False, key: jax.Array | None = None
-    ) -> dict[str, Float[Array, "..."]]:
-        """Every named map on the way, in order; NHWC.
+    def maps(self, x: Float[Array, "B H W 3"], train: bool, key: jax.Array | None) -> Maps:
+        """Computes every named map on the way, in order; NHWC.
 
         `stem`; for stage 1 to 4 `stageN_blocks` and `stageN`, before and after its norm;
         `conv_head`; `pooled` [B, 1.5C]; `logits` [B, num_classes]. With `detection=True` `stem`;
         for stage 1 to 4 `stageN` and `outN`, before and after its norm.
         """
-        check_images(images.shape)
-        height, width = images.shape[1:3]
-        if reason := self._refusal(height, width):
-            raise InputError(f"images are {height}×{width}, but {reason}")
-        keys = split_key(training_key(train, key), 4)
-        maps = {"stem": (x := self.stem(images.astype(self.dtype)))}
+        keys = split_key(key, 4)
+        maps = {"stem": (x := self.stem(x))}
         for i, stage in enumerate(self.stages, start=1):
             blocks, normed = stage(x, keys[i - 1])
             if self.detection:
@@ -283,7 +284,7 @@ class Unified(Backbone):
             maps["logits"] = self.head(maps["pooled"])
         return maps
 
-    def _refusal(self, height: int, width: int) -> str | None:
+    def refusal(self, height: int, width: int) -> str | None:
         variant = self.variant
         if min(height, width) < 1:
             return "images have at least one pixel"
