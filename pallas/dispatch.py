@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core
+import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
