@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ class Subject:
         )
 
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Counts the numbers that are trained."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._weights["params"]))
 
     def multiply_adds(self) -> int:
@@ -79,7 +80,7 @@ class Subject:
         return count_multiply_adds(apply, self._weights, self._images(1))
 
     def operations(self) -> list[dict[str, Any]]:
-        """Each shape of an operation of `pallas/`, how often it occurs, what runs it here, and why.
+        """Lists shapes of operations of `pallas/`, how often they occur, what runs them, and why.
 
         Empty for models without.
         """
@@ -93,7 +94,7 @@ class Subject:
         ]
 
     def builders(self, batch: int, pass_: str, repeats: int, memory: dict[str, int]):
-        """By name of contestant, what `timing.compare` builds it with.
+        """Makes {name of contestant: what `timing.compare` builds it with}.
 
         Args:
           pass_: "inference" or "training".
@@ -152,8 +153,9 @@ class Subject:
         return program, run
 
 
-def describe(geometry: Windows | Halo | Sampling) -> str:
-    """The shape of an operation in words."""
+def describe(geometry: Hashable) -> str:
+    """Puts the shape of an operation of `pallas/` into words."""
+    assert isinstance(geometry, Windows | Halo | Sampling)
     text, extras = f"{geometry.height}×{geometry.width}, ", {}
     if isinstance(geometry, Sampling):
         text += f"{geometry.groups} groups of {geometry.channels}, {geometry.points} movable points"
