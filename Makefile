@@ -3,6 +3,8 @@
 # make test-all     all tests, and a short chaos run; nightly
 # make durations    make test, and its seconds by file into tests/durations.json
 # make kernels      compiles the kernels for TPUs and an H200, about an hour
+# make model        checks, measures and documents one model; NAME=
+# make tables       the tables in documents and the expanded configs, anew
 # make parity       all models against the official ones, most of an hour
 # make chaos        a small run disturbed 300 times must end as if it had not been; FAULTS=, SEED=
 # make soak         two processes, one of them killed ten times; KILLS=, SEED=
@@ -11,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-all durations parity kernels chaos soak lint
+.PHONY: quickstart test test-all durations parity kernels chaos soak lint model tables
 
 quickstart: $(VENV)/installed
 	$(RUN) -m hybrid_flax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,6 +32,22 @@ durations: $(VENV)/installed
 
 parity: $(VENV)/installed
 	$(RUN) -m tests.parity $(if $(SAVE),--save=$(SAVE))
+
+PARITY = benchmarks/results/parity.json
+
+model: $(VENV)/installed
+	@test -n "$(NAME)" || { echo "whose? make model NAME=gcvit_t"; exit 2; }
+	$(RUN) -m tests.parity $(NAME) --save=$(PARITY)
+	$(MAKE) tables
+	$(RUN) -m pytest -k "$(NAME) or stale or generated" $(MODEL_TESTS)
+
+# Every promise that is held for each model, each config or each table by its name.
+MODEL_TESTS = tests/models tests/configs tests/training/test_optimizers.py tests/docs \
+  tests/benchmarks/test_plans_table.py
+
+tables: $(VENV)/installed
+	$(RUN) -m docs.generate
+	$(RUN) -m tests.configs.test_configs
 
 kernels: $(VENV)/compilers
 	$(RUN) -m tests.compile_kernels $(if $(SAVE),--save=$(SAVE)) $(if $(CHIPS),--chips=$(CHIPS))

@@ -35,7 +35,7 @@ FORMULATIONS = {
 TURNS = 15
 
 
-def contestants(shape: tuple[int, int, int, int], dtype: str, backward: bool):
+def subjects(shape: tuple[int, int, int, int], dtype: str, backward: bool):
     """{name: what builds it}, for `timing.compare`."""
     batch, side, channels, size = shape
     rng = np.random.default_rng(0)
@@ -110,8 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{record['device']}, {dtype}; milliseconds")
     for shape in SHAPES:
         for backward, name in enumerate(PASSES):
-            race = timing.compare(contestants(shape, dtype, bool(backward)), turns=TURNS)
-            row = {"shape": shape, "pass": name, **race._asdict()}
+            compared = timing.compare(subjects(shape, dtype, bool(backward)), turns=TURNS)
+            row = {"shape": shape, "pass": name, **compared._asdict()}
             record["rows"].append(row)
             print(show(row), flush=True)
             if options.save:  # after every row: what was measured is not lost when the next fails

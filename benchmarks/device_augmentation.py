@@ -29,7 +29,7 @@ from hybrid_flax.training.step import augmented_batch
 STEPS_PER_EPOCH = 312  # of ImageNet at 4096 images; any number takes the same time
 
 
-def contestants(config: Settings) -> dict[str, Callable]:
+def subjects(config: Settings) -> dict[str, Callable]:
     """Makes {name: what builds it}, for `timing.compare`."""
     mesh = make_mesh(jax.devices()[:1])
     rng = np.random.default_rng(0)
@@ -95,14 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(config: Settings, turns: int, file: pathlib.Path | None) -> int:
-    """Runs the race, prints its result, and saves it if there is a file; the exit status."""
-    race = timing.compare(contestants(config), turns=turns)
-    for name, why in race.failed.items():
+    """Compares, prints the result, and saves it if there is a file; the exit status."""
+    compared = timing.compare(subjects(config), turns=turns)
+    for name, why in compared.failed.items():
         print(f"{name}: {why}", file=sys.stderr)
-    if race.failed:
+    if compared.failed:
         return 1
-    milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in race.seconds.items()}
-    share = race.seconds["augmentation"] / race.seconds["training step"]
+    milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in compared.seconds.items()}
+    share = compared.seconds["augmentation"] / compared.seconds["training step"]
     print(
         f"{config.model.name}, {config.batch_size} images of {config.model.image_size} pixels, "
         f"{config.model.dtype}, on {jax.devices()[0].device_kind}"

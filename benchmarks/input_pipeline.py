@@ -4,7 +4,7 @@ python -m benchmarks.input_pipeline [--cores=1] [--images=512] [--turns=5] [--sa
 
 Both read the same files with all that GC ViT's recipe does on the host, random resized crop, flip
 and RandAugment, and end with uint8 batches in the process that would train. There are as many
-worker processes as cores, to which all are tied. Every contestant is started anew in every turn,
+worker processes as cores, to which all are tied. Every subject is started anew in every turn,
 one after the other, so that whatever else the machine does hits all alike; medians of the turns
 count. What is counted is the processor time of all processes: images per second of a core that does
 nothing else. By the clock it is less, by as much as the machine is busy otherwise.
@@ -121,13 +121,13 @@ def _processor_time() -> float:
     return sum(times[process] for process in ours)
 
 
-def race(
-    contestants: dict[str, Callable[[], Iterator]], turns: int, batches: int
+def compare(
+    subjects: dict[str, Callable[[], Iterator]], turns: int, batches: int
 ) -> dict[str, list[tuple[float, float]]]:
     """What `images_per_second` says of each in every turn; a line for people after each turn."""
-    speeds = {name: [] for name in contestants}
+    speeds = {name: [] for name in subjects}
     for _ in range(turns):
-        for name, start in contestants.items():
+        for name, start in subjects.items():
             speeds[name].append(images_per_second(start, batches))
         cells = [f"{name} {each[-1][0]:.0f} ({each[-1][1]:.0f})" for name, each in speeds.items()]
         print("   ".join(cells), flush=True)
@@ -155,20 +155,20 @@ def main(arguments: list[str] | None = None) -> int:
         folder = pathlib.Path(folder)
         make_photos(folder, options.images)
         size = statistics.mean(file.stat().st_size for file in folder.rglob("*.JPEG"))
-        contestants = {
+        subjects = {
             "exact": lambda: ours(folder, options.cores),
             "fast": lambda: ours(folder, options.cores, decode="fast"),
         }
         if importlib.util.find_spec("torch"):
-            contestants["pytorch"] = lambda: pytorch(folder, options.cores)
+            subjects["pytorch"] = lambda: pytorch(folder, options.cores)
         print(
             f"{options.images} files of {size:,.0f} bytes on average; images per second of "
             f"processor time (of the clock, on {options.cores} cores)"
         )
-        race_of_turns = race(contestants, options.turns, options.batches)
+        compared = compare(subjects, options.turns, options.batches)
 
-    speeds = {name: [processor for processor, _ in each] for name, each in race_of_turns.items()}
-    clock = {name: [clock for _, clock in each] for name, each in race_of_turns.items()}
+    speeds = {name: [processor for processor, _ in each] for name, each in compared.items()}
+    clock = {name: [clock for _, clock in each] for name, each in compared.items()}
     median = {name: statistics.median(each) for name, each in speeds.items()}
     ratio = {
         # Of each turn, in which both met the same machine.

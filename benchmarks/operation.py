@@ -1,6 +1,6 @@
-"""What the benchmarks of one operation share: contestants, floors, the table, the command line.
+"""Parts that the benchmarks of one operation share: subjects, floors, table, command line.
 
-Times are medians in microseconds of one call, on the device: every contestant does its calls in one
+Times are medians in microseconds of one call, on the device: every subject does its calls in one
 program (a loop, or for PyTorch a CUDA graph), as launching them from Python would take longer than
 the small shapes do. "forward + backward" has the gradients of all arguments.
 """
@@ -106,7 +106,7 @@ def call(function: Callable, backward: bool):
     return once
 
 
-def jax_contestant(function: Callable, arguments: Callable, backward: bool, repeats: int):
+def jax_subject(function: Callable, arguments: Callable, backward: bool, repeats: int):
     """What builds one of ours, for `timing.compare`; `arguments` makes its arrays."""
     once = call(function, backward)
 
@@ -152,14 +152,12 @@ def measure(
     arguments = functools.partial(benchmark.random_arguments, geometry, batch)
     for backward, name in enumerate(PASSES):
         builders = {
-            how: jax_contestant(
-                benchmark.operation(geometry, how), arguments, bool(backward), repeats
-            )
+            how: jax_subject(benchmark.operation(geometry, how), arguments, bool(backward), repeats)
             for how in [*ours, "xla"]
         }
         if platform == "cuda":
             theirs = functools.partial(benchmark.torch_operation, geometry)
-            builders |= operation_torch.contestants(theirs, arguments, bool(backward), repeats)
+            builders |= operation_torch.subjects(theirs, arguments, bool(backward), repeats)
         seconds, failed = timing.compare(builders, turns=turns, repeats=repeats)
         least = floor(benchmark.work(geometry, batch), chip)[name] if chip else None
         row["passes"][name] = {"seconds": seconds, "failed": failed, "floor": least}
@@ -215,7 +213,7 @@ def command(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     if on_cpu:
         print("only XLA is timed: kernels run interpreted on CPUs, which says nothing of speed")
     elif not chips.chip():
-        print("no floor: this device's peaks are not in hybrid_flax/costs/records.py")
+        print("no floor: this device's peaks are not in hybrid_flax/costs/chips.py")
     for name, geometry in chosen.items():
         counts = {"turns": 5, "repeats": 1} if on_cpu else {}
         row = measure(benchmark, geometry, batch, **counts)

@@ -1,10 +1,10 @@
-"""PyTorch among the contestants: eager and compiled, its calls in a CUDA graph."""
+"""PyTorch among the subjects: eager and compiled, its calls in a CUDA graph."""
 
 import functools
 import importlib.util
 
 
-def contestants(operation, arguments, backward: bool, repeats: int):
+def subjects(operation, arguments, backward: bool, repeats: int):
     """For `timing.compare`, eager and compiled; {} without PyTorch, or where it has no CUDA.
 
     Args:

@@ -1,13 +1,15 @@
 """What every model needs on slices that are not here: all configs, compiled, as one table.
 
 python -m benchmarks.plans [--configs=PATTERN] [--topologies=v5e:16x16,v5p:4x4x8] [--again]
+python -m benchmarks.plans --render
 
 Compiles each model's training step at its paper's batch, small models first, and keeps what it
 finds in benchmarks/results/plans.json, an entry for each config and topology, and as a table in
 docs/plans.md. It can be stopped at any time and goes on where it was: entries that are there are
 kept, failed ones tried again; --again compiles them all. They are compiled without machine code
 (`plan --quick`), about a minute of a core for a small model. Where the batch does not fit, the
-entry says in how many parts it would (`--config.accumulation_steps`). Needs `pip install libtpu`.
+entry says in how many parts it would (`--config.accumulation_steps`). Needs `pip install libtpu`;
+`--render` makes the table anew from what is kept, and needs no compiler.
 """
 
 import argparse
@@ -21,10 +23,11 @@ from typing import Any
 import configs
 import hybrid_flax
 from hybrid_flax.costs import scaling
+from hybrid_flax.costs.plan_text import size
 from hybrid_flax.costs.targets import Target, find_target, set_up
 from hybrid_flax.costs.timing import reason
 from hybrid_flax.errors import InputError
-from hybrid_flax.plan import plan, size
+from hybrid_flax.step_plan import plan
 from hybrid_flax.versions import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,6 +88,11 @@ def store(entries: dict[tuple[str, str], Entry]) -> None:
     unfinished = RESULTS.with_suffix(".tmp")
     unfinished.write_text(f'{{"plans": [\n{lines}\n]}}\n')
     os.replace(unfinished, RESULTS)
+
+
+def render() -> None:
+    """Writes docs/plans.md from the entries that are there."""
+    TABLE.write_text(table(load()))
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -204,7 +212,11 @@ def main() -> int:
     parser.add_argument("--configs", default="*", help="shell pattern of configs' names")
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
     parser.add_argument("--again", action="store_true", help="compile what is there, too")
+    parser.add_argument("--render", action="store_true", help="only write the table, from these")
     options = parser.parse_args()
+    if options.render:
+        render()
+        return 0
     set_up()
     entries, failures = load(), 0
     for topology in options.topologies.split(","):
@@ -220,9 +232,9 @@ def main() -> int:
             entries[name, topology] = found = entry(name, target)
             failures += "failed" in found
             store(entries)
-            TABLE.write_text(table(entries))
+            render()
             print(_row(found), end="", flush=True)
-    TABLE.write_text(table(entries))
+    render()
     return 1 if failures else 0
 
 

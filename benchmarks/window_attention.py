@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from benchmarks.operation import Benchmark, Work, command, normal
 from benchmarks.window_attention_torch import attention
 from pallas.halo_attention import halo_attention
+from pallas.halo_attention.choice import KERNELS as HALO_KERNELS
 from pallas.halo_attention.geometry import Halo
 from pallas.window_attention import window_attention
-from pallas.window_attention.choice import kernels
+from pallas.window_attention.choice import KERNELS
 from pallas.window_attention.geometry import Windows
 
 HEAD_DIM = 32
@@ -119,7 +120,7 @@ BENCHMARK = Benchmark(
     operation=operation,
     torch_operation=attention,
     work=work,
-    kernels=kernels,
+    kernels=lambda geometry: HALO_KERNELS if isinstance(geometry, Halo) else KERNELS,
 )
 main = functools.partial(command, BENCHMARK)
 

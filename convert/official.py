@@ -42,7 +42,7 @@ def run_official(
     """
     import torch
 
-    model = _build(official, pathlib.Path(repository))
+    model = build_official(official, pathlib.Path(repository))
     try:
         model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in state.items()})
     except RuntimeError as error:  # PyTorch lists every missing, unexpected and mis-shaped key
@@ -73,7 +73,12 @@ def run_official(
     return outputs
 
 
-def _build(official: Official, repository: pathlib.Path):
+def build_official(official: Official, repository: pathlib.Path) -> Any:
+    """Makes the official model, a `torch.nn.Module` with its own initial weights.
+
+    Raises:
+      InputError: the repository is not that one, or its code cannot be imported here.
+    """
     folder = repository / official.folder
     path = folder.joinpath(*official.module.split("."))
     if not path.is_dir() and not path.with_suffix(".py").is_file():

@@ -1,24 +1,24 @@
-"""What a model costs on this machine: parameters, FLOPs, images per second, memory.
+"""Measures what a model costs on this machine: parameters, FLOP, images per second, memory.
 
 python -m hybrid_flax.benchmark --model=gcvit_b [--batch_sizes=32,64,128] [--against=xla]
 
 On one device, with random images that are already there, in rounds: every round gives each
-contestant a few steps, and medians over the rounds are printed.
+subject a few steps, and medians over the rounds are printed.
 
 - inference: normalised images to logits, dropping nothing.
 - training: the step of `hybrid_flax.train`: uint8 images, normalised; forward with the model's own
   drop path; its own loss with label smoothing; backward; AdamW; the norm of the gradient. Without
   what a recipe may add: mixing, erasing, clipping, an average of the weights.
 
-FLOPs are two for each multiply-add, MFU counts three forward passes for a training step. Memory is
-what the compiled program needs, weights included.
+Multiply-adds are what papers call FLOPs; FLOP here are two for each of them. MFU counts three
+forward passes for a training step. Memory is what the compiled program needs, weights included.
 """
 
 import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -38,39 +38,40 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 def rows(
     models: list[Subject | TimmSubject], batch_sizes: list[int], steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures; a row for every batch size, pass and contestant. The first model is the measure.
+    """Measures; a row for every batch size, pass and subject. The first model is the measure.
 
-    A contestant that ran out of memory is left out of larger batches; the table ends with the
+    A subject that ran out of memory is left out of larger batches; the table ends with the
     first model.
     """
-    repeats, full = min(STEPS_A_ROUND, steps), set()
+    repeats, full = min(STEPS_A_ROUND, steps), set[tuple[str, str]]()
     for batch in batch_sizes:
         for pass_ in PASSES:
-            memory, builders = {}, {}
+            memory: dict[str, int] = {}
+            builders: dict[str, Callable[[], Callable[[], Any]]] = {}
             for model in models:
                 builders |= model.builders(batch, pass_, repeats, memory)
             builders = {who: builders[who] for who in builders if (pass_, who) not in full}
             ours = models[0].label
             if ours not in builders:
                 continue
-            race = timing.compare(builders, turns=steps // repeats, repeats=repeats)
+            compared = timing.compare(builders, turns=steps // repeats, repeats=repeats)
             for who in builders:
                 row = {"batch": batch, "pass": pass_, "who": who}
-                if who in race.failed:
-                    row["failed"] = race.failed[who]
-                    if race.failed[who] == timing.OUT_OF_MEMORY:
+                if who in compared.failed:
+                    row["failed"] = compared.failed[who]
+                    if compared.failed[who] == timing.OUT_OF_MEMORY:
                         full.add((pass_, who))
                 else:
-                    row["seconds"] = race.seconds[who]
-                    row["images_per_second"] = batch / race.seconds[who]
+                    row["seconds"] = compared.seconds[who]
+                    row["images_per_second"] = batch / compared.seconds[who]
                     row["bytes"] = memory.get(who)
-                    if who != ours and ours in race.seconds:
-                        row["ours_is_faster"] = race.seconds[who] / race.seconds[ours]
+                    if who != ours and ours in compared.seconds:
+                        row["ours_is_faster"] = compared.seconds[who] / compared.seconds[ours]
                 yield row
 
 
 def mfu(row: dict[str, Any], multiply_adds: int, dtype: str) -> float | None:
-    """Model FLOPs over what the chip could do; None for float32 and chips without figures."""
+    """Divides the model's FLOP by the chip's; None for float32 and chips without figures."""
     chip = chips.chip()
     if not chip or dtype != "bfloat16" or "failed" in row:
         return None
@@ -83,7 +84,7 @@ HEADER = (
 
 
 def show(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Writes a line of the table."""
     line = f"{row['batch']:>6}  {row['pass']:<10} {row['who']:<14} "
     if "failed" in row:
         return line + row["failed"]
@@ -94,8 +95,10 @@ def show(row: dict[str, Any]) -> str:
     return f"{line}  {ratio}".rstrip()
 
 
-def opponent(against: str, options: argparse.Namespace, ours: Subject) -> Subject | TimmSubject:
-    """The model that `--against` names; raises InputError."""
+def other_subject(
+    against: str, options: argparse.Namespace, ours: Subject
+) -> Subject | TimmSubject:
+    """Makes the model that `--against` names; raises InputError."""
     if against == "xla":
         return make_ours(options, "xla", "xla")
     repository, _, name = against.removeprefix("torch:").partition("/")
@@ -113,7 +116,7 @@ def opponent(against: str, options: argparse.Namespace, ours: Subject) -> Subjec
 
 
 def make_ours(options: argparse.Namespace, label: str, implementation: str) -> Subject:
-    """The model with this implementation of its operations in `pallas/`; raises InputError."""
+    """Makes the model with this implementation of its operations; raises InputError."""
     return Subject(
         label,
         options.model,
@@ -124,7 +127,7 @@ def make_ours(options: argparse.Namespace, label: str, implementation: str) -> S
 
 
 def batch_sizes(text: str) -> list[int]:
-    """For argparse: "32,64" in ascending order."""
+    """Reads "32,64" for argparse, in ascending order."""
     return sorted({records.positive(part) for part in text.split(",")})
 
 
@@ -144,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
-    parser.add_argument("--steps", type=records.positive, default=20, help="of each contestant")
+    parser.add_argument("--steps", type=records.positive, default=20, help="of each subject")
     options = parser.parse_args(arguments)
     if options.attention:
         print("--attention is now --implementation", file=sys.stderr)
@@ -154,16 +157,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records.check_file("--json", options.json)
         ours = make_ours(options, "ours", options.implementation)
-        models = [ours, *([opponent(options.against, options, ours)] if options.against else [])]
-        return run(options, models)
+        others = [other_subject(options.against, options, ours)] if options.against else []
+        return run(options, ours, others)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(options: argparse.Namespace, models: list[Subject | TimmSubject]) -> int:
+def run(options: argparse.Namespace, ours: Subject, others: list[Subject | TimmSubject]) -> int:
     """Prints, measures, saves. Exit status 1 if the model itself failed, but for want of memory."""
-    ours = models[0]
     record = {
         **records.record("torch", "timm"),
         "model": options.model,
@@ -174,17 +176,18 @@ def run(options: argparse.Namespace, models: list[Subject | TimmSubject]) -> int
         "operations": ours.operations(),
         "rows": [],
     }
+    giga = record["multiply_adds"] / 1e9
     print(
         f"{options.model} on {record['device']}, {options.dtype}: {record['parameters'] / 1e6:.1f} "
-        f"M parameters, {2 * record['multiply_adds'] / 1e9:.1f} GFLOPs for an image of "
-        f"{ours.side}×{ours.side}"
+        f"M parameters; an image of {ours.side}×{ours.side} takes "
+        f"{giga:.1f} giga-multiply-adds ({2 * giga:.1f} GFLOP)"
     )
     for entry in record["operations"]:
         print(
             f"  {entry['count']:>2} × {entry['shape']}: {entry['kernel'] or 'XLA'}, {entry['why']}"
         )
     print(HEADER)
-    for row in rows(models, options.batch_sizes, options.steps):
+    for row in rows([ours, *others], options.batch_sizes, options.steps):
         row["mfu"] = mfu(row, record["multiply_adds"], options.dtype)
         stats = jax.devices()[0].memory_stats() or {}
         row["device_peak_bytes"] = stats.get("peak_bytes_in_use")  # of this process, until now

@@ -1,4 +1,4 @@
-"""From a config to the things it names: settings, a model, the program of a training run."""
+"""Builds what a config asks for: the model of a program, and what a run computes at every step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_flax import settings
+from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.data.augmentation.policies import parse_policy
-from hybrid_flax.data.sources import Source
+from hybrid_flax.data.sources import EncodedSource, Source, source_of
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
@@ -20,40 +22,29 @@ from hybrid_flax.models.structure import Structure
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
-from hybrid_flax.training.step import Shardings, State, make_train_step, new_state
+from hybrid_flax.training.step import (
+    Shardings,
+    State,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    weights_of,
+)
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.functions import as_training_function
+from hybrid_flax.weights.functions import as_function, as_training_function
 
 
-class Program(NamedTuple):
-    """A training run without its data."""
+class Prepared(NamedTuple):
+    """What programs that run a model begin with."""
 
+    config: Settings  # with the number of classes
+    source: EncodedSource
+    mesh: Mesh
     model: Backbone  # abstract
-    train_step: jax.stages.Wrapped  # see `make_train_step`
-    begin: Callable[[Any], State]  # from initial weights to the state before the first step
-    state: State  # its shapes and dtypes
-    shardings: State  # and where its arrays lie
-
-
-class CompiledOnce:
-    """A step that is compiled at its first call, for those arguments and no others.
-
-    A later call with another shape, dtype or sharding is an error that names it: under `jit` it
-    would compile again, minutes that nobody sees.
-    """
-
-    def __init__(self, step: Any):
-        self._step = step
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments):
-        if self._compiled is None:
-            self._compiled = self._step.lower(*arguments).compile()
-        return self._compiled(*arguments)
 
 
 def checked(config: settings.Tree) -> Settings:
-    """Reads a config at a program's door: every value checked, and that its names are known.
+    """Reads a config: every value is checked, and that there are a model and a policy so named.
 
     Raises:
       InputError: naming every field whose value cannot be used.
@@ -62,6 +53,20 @@ def checked(config: settings.Tree) -> Settings:
     registry.model_info(found.model.name)
     parse_policy(found.augment.auto_augment)
     return found
+
+
+def open_split(config: settings.Tree, split: str) -> tuple[Settings, EncodedSource]:
+    """Checks a config and opens a split, "train" or "val", of its dataset.
+
+    Returns:
+      (settings with the number of classes, the images of the split)
+
+    Raises:
+      InputError: a setting or the dataset cannot be used.
+    """
+    found = checked(config)
+    source = source_of(found.dataset, split)
+    return resolve_classes(found, source), source
 
 
 def resolve_classes(config: Settings, source: Source) -> Settings:
@@ -73,6 +78,17 @@ def resolve_classes(config: Settings, source: Source) -> Settings:
             f"{source.num_classes} classes; leave it 0 for that number"
         )
     return settings.replace(config, {"model.num_classes": count})
+
+
+def prepare(config: settings.Tree, split: str) -> Prepared:
+    """Checks a config, opens a split of its dataset and builds its model, without weights.
+
+    Raises:
+      InputError: a setting or the dataset cannot be used.
+    """
+    found, source = open_split(config, split)
+    mesh = make_mesh(**vars(found.mesh))
+    return Prepared(found, source, mesh, _abstract_model(found))
 
 
 def build_model(config: Settings, *, rngs: nnx.Rngs) -> Backbone:
@@ -95,12 +111,45 @@ def build_model(config: Settings, *, rngs: nnx.Rngs) -> Backbone:
     return built
 
 
+class Program(NamedTuple):
+    """A training run without its data."""
+
+    train_step: jax.stages.Wrapped  # see `make_train_step`
+    eval_step: Callable[..., dict[str, jax.Array]]  # see `make_eval_step`
+    fresh: Callable[[], bridge.Weights]  # initial weights, from the seed
+    begin: Callable[[bridge.Weights], State]  # from them to the state before the first step
+    state: State  # its shapes and dtypes
+    shardings: State  # and where its arrays lie
+    flops: Callable[[], int]  # counts those of one training step
+
+
+class CompiledOnce:
+    """A step that is compiled at its first call, for those arguments and no others.
+
+    A later call with another shape, dtype or sharding is an error that names it: under `jit` it
+    would compile again, minutes that nobody sees.
+    """
+
+    def __init__(self, step: jax.stages.Wrapped):
+        self._step = step
+        self._compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            with jax.transfer_guard("allow"):  # constants of the program
+                self._compiled = self._step.lower(*arguments).compile()
+        return self._compiled(*arguments)
+
+
 def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Program:
-    """Builds the program of a checked config whose number of classes is known; compiles nothing."""
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    """Builds the program of settings whose number of classes is known; compiles nothing."""
+    model = _abstract_model(config)
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, model.structure)
+
+    def fresh():
+        return bridge.get_weights(build_model(config, rngs=nnx.Rngs(config.seed)))
 
     def begin(weights):
         return new_state(weights, optimizer, config.ema_decay)
@@ -116,7 +165,18 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
         mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
         shardings=shardings,
     )
-    return Program(model, train_step, begin, state, shardings.state)
+    eval_step = make_eval_step(
+        as_function(model), config.dataset, mesh, weights_of(shardings.state)
+    )
+
+    def flops():
+        return training_flops(model, config.model.image_size, config.batch_size)
+
+    return Program(train_step, eval_step, fresh, begin, state, shardings.state, flops)
+
+
+def _abstract_model(config: Settings) -> Backbone:
+    return bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
 
 def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:

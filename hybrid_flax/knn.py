@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax import cli
-from hybrid_flax.build import build_model, checked, resolve_classes
+from hybrid_flax.build import prepare
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Source, source_of
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
-from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
+from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.structure import Structure
+from hybrid_flax.run.checkpoint_files import Arrays
 from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.settings import Dataset, Settings
 from hybrid_flax.training.batch_augmentation import normalise
@@ -38,9 +39,9 @@ _CHUNK = 256  # queries at a time
 
 
 def knn_predictions(
-    queries: Float[Array, "N D"],
-    bank: Float[Array, "M D"],
-    labels: Int[Array, "M"],
+    queries: Float[np.ndarray, "N D"],
+    bank: Float[np.ndarray, "M D"],
+    labels: Int[np.ndarray, "M"],
     num_classes: int,
     *,
     neighbours: int = NEIGHBOURS,
@@ -121,6 +122,16 @@ def extract(
     return np.concatenate(features), np.concatenate(labels)
 
 
+def _without_classifier(loaded: Arrays, like: Arrays, origin: str, structure: Structure) -> Arrays:
+    """The weights of the features, by path; zeros for the classifier, which is not used."""
+    loaded, body = (
+        {path: leaf for path, leaf in arrays.items() if not structure.is_classifier(path)}
+        for arrays in (loaded, like)
+    )
+    classifier = {p: np.zeros(like[p].shape, like[p].dtype) for p in like.keys() - body.keys()}
+    return adapt(loaded, body, origin, structure) | classifier
+
+
 def main(
     config: ml_collections.ConfigDict,
     workdir: str,
@@ -128,23 +139,13 @@ def main(
     temperature: float = TEMPERATURE,
 ) -> int:
     """Prints the top-1 accuracy of the validation images by the training images around them."""
-    settings = checked(config)
-    mesh = make_mesh(**vars(settings.mesh))
-    train, val = (source_of(settings.dataset, split) for split in ("train", "val"))
+    settings, train, mesh, model = prepare(config, "train")
+    val = source_of(settings.dataset, "val")
     _check(neighbours, temperature, len(train))  # before the minutes that features take
-    settings = resolve_classes(settings, train)
-    model = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
-    template = bridge.get_weights(model)
     loaded = load_weights(workdir)
-    # The classifier is not used, whatever stands there.
-    like = flatten(template)
-    unused = {path for path in like if model.structure.is_classifier(path)}
-    arrays, shapes = (
-        {path: leaf for path, leaf in leaves.items() if path not in unused}
-        for leaves in (loaded.averaged or loaded.trained, like)
-    )
-    fitted = adapt(arrays, shapes, f"the checkpoint in {workdir}", model.structure)
-    fitted |= {path: jnp.zeros(like[path].shape, like[path].dtype) for path in unused}
+    template = bridge.get_weights(model)
+    origin = f"the checkpoint in {workdir}"
+    fitted = _without_classifier(loaded.best, flatten(template), origin, model.structure)
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
     feature_step = make_feature_step(as_function(model), settings.dataset, mesh)
     bank, bank_labels = extract(feature_step, weights, train, settings, mesh)

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hybrid_flax import cli
-from hybrid_flax.build import checked, resolve_classes
+from hybrid_flax.build import open_split
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 from hybrid_flax.data.loader import train_batches
-from hybrid_flax.data.sources import EncodedSource, source_of
+from hybrid_flax.data.sources import EncodedSource
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Settings
@@ -44,9 +44,7 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     Raises:
       InputError: the config or the data cannot be used.
     """
-    settings = checked(config)
-    source = source_of(settings.dataset, "train")
-    settings = resolve_classes(settings, source)
+    settings, source = open_split(config, "train")
     transform = TrainTransform.from_config(settings, source)
     file = os.path.join(folder, "inspect.png")
     try:
@@ -97,8 +95,8 @@ def _class_counts(source: EncodedSource, sample: np.ndarray) -> str:
     names = source.class_names or list(map(str, range(source.num_classes)))
     line = (
         f"images per class{whole}: {counts.min()} to {counts.max()}, median "
-        f"{np.median(counts):g}; fewest in {names[counts.argmin()]}, most in "
-        f"{names[counts.argmax()]}"
+        f"{np.median(counts):g}; fewest in {names[int(counts.argmin())]}, most in "
+        f"{names[int(counts.argmax())]}"
     )
     if len(empty):
         shown = ", ".join(names[label] for label in empty[:5])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core
-import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
@@ -136,7 +135,8 @@ class Argument(NamedTuple):
 
     def spec(self, batch_axes, heads_axis) -> PartitionSpec:
         axes = {self.batch: batch_axes, self.heads: heads_axis}
-        return PartitionSpec(*(axes.get(axis) for axis in range(np.ndim(self.array))))
+        rank = 0 if self.array is None else self.array.ndim
+        return PartitionSpec(*(axes.get(axis) for axis in range(rank)))
 
 
 def run(

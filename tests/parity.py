@@ -1,9 +1,11 @@
 """Compares our models with what the official PyTorch code gave: make parity
 
+python -m tests.parity [NAME …] [--golden=DIR] [--save=benchmarks/results/parity.json]
+
 `tests/golden/FAMILY/NAME.json` and `.npz` hold, for weights and images that `reference.py`
 rebuilds, the official logits, samples and moments of every stage, the loss, and each parameter
-gradient's norm and projection. Another folder of the same form:
-`python -m tests.parity --golden=DIR`.
+gradient's norm and projection; `write_golden.py` makes them. `--save` puts the figures of this run
+in the place of the same models' older ones and keeps all others.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -26,6 +28,7 @@ from flax import nnx
 
 import convert
 import hybrid_flax
+from hybrid_flax import list_models
 from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.training.losses import cross_entropy, gramian, token_labelling
 from hybrid_flax.versions import versions
@@ -34,6 +37,7 @@ from hybrid_flax.weights.functions import as_function, as_training_function
 from tests import reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+Figures = dict[str, Any]  # what --save writes
 
 # In float32 on a CPU, relative to the reference.
 BARS = {"logits": 1e-4, "stages": 1e-4, "loss": 1e-4, "norms": 1e-3, "projections": 1e-3}
@@ -79,7 +83,10 @@ def load(file: pathlib.Path) -> Golden:
     record = json.loads(file.read_text())
     name, _, detection = record["name"].partition("_det_")
     name = name.removesuffix("_bottleneck")
-    overrides = {"drop_path": 0.0} | ({"detection": True} if detection else {})
+    overrides = {"drop_path": 0.0}
+    for key, value in record.get("overrides", {}).items():
+        overrides[key] = tuple(value) if isinstance(value, list) else value
+    overrides |= {"detection": True} if detection else {}
     if record["name"].endswith("_bottleneck"):
         overrides["stage5"] = "bottleneck"
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, **overrides))
@@ -243,7 +250,7 @@ def _describe(case: dict) -> str:
 
 
 def _gradient_errors(golden: Golden, grads, wanted: dict) -> tuple[float, float]:
-    """Of norms and of projections, each relative to the parameter's gradient norm.
+    """Returns the worst error of norms and of projections, each relative to the gradient's norm.
 
     A gradient that is zero but for rounding (a bias that a batch norm takes away again) has no
     relative error: what is below two millionths of the largest norm counts as zero, and the scale
@@ -273,6 +280,11 @@ def _distance(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def model_of(case: str) -> str:
+    """Returns the registered model that a case or a golden file is of."""
+    return re.split(r"_det_|_bottleneck| \(train\)", case)[0]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names or shell patterns; default: all")
@@ -284,8 +296,7 @@ def main() -> int:
             file
             for pattern in options.models or ["*"]
             for file in options.golden.rglob(f"{pattern}.json")
-            if re.split("_det_|_bottleneck", file.stem)[0] in hybrid_flax.list_models()
-            and file.parent.name != "training"
+            if model_of(file.stem) in list_models() and file.parent.name != "training"
         },
         key=lambda file: (file.parent, file.stat().st_size, file.name),
     )
@@ -303,24 +314,50 @@ def main() -> int:
                 f"{'pass' if row.passes else 'FAIL'} |",
                 flush=True,
             )
+    models = [name for pattern in options.models or ["*"] for name in list_models(pattern)]
     if options.save:
-        _save(options.save, rows)
-    if not rows:
-        print(f"no golden files match in {options.golden}", file=sys.stderr)
-    return 0 if rows and all(row.passes for row in rows) else 1
+        old = json.loads(options.save.read_text()) if options.save.exists() else {}
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.write_text(json.dumps(merge(old, rows, models), indent=1) + "\n")
+    for name in set(models) - {model_of(row.case) for row in rows}:
+        print(
+            f"{name} has no golden files in {options.golden}. Where there is official code, "
+            f"python -m tests.write_golden {name} --reference=CHECKOUT writes them",
+            file=sys.stderr,
+        )
+    if not rows and not models:
+        print(f"no model or golden file matches {', '.join(options.models)}", file=sys.stderr)
+        return 1
+    return 0 if all(row.passes for row in rows) else 1
 
 
-def _save(file: pathlib.Path, rows: list[Parity]):
-    record = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions()}
-    record["bars"] = BARS
-    record["cases"] = [row._asdict() | {"bars": row.bars} for row in rows]
-    record["multiply_adds"] = {name: multiply_adds(name) for name in hybrid_flax.list_models()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+def merge(old: Figures, rows: list[Parity], models: list[str]) -> Figures:
+    """Returns the old figures with those of this run in the place of the same models' own.
+
+    A case says with which versions it was measured, where these are not those of the whole file.
+
+    Args:
+      old: what an earlier run saved; {} for none.
+      rows: of this run.
+      models: whose multiply-adds are counted again.
+    """
+    made = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions()}
+    measured = {model_of(row.case) for row in rows}
+    kept = [case for case in old.get("cases", []) if model_of(case["case"]) not in measured]
+    whole = {name: old[name] for name in made} if kept else made
+    own = made if made != whole else {}
+    new = [row._asdict() | {"bars": row.bars} | own for row in rows]
+    counted = old.get("multiply_adds", {}) | {name: multiply_adds(name) for name in models}
+    return {
+        **whole,
+        "bars": BARS,
+        "cases": sorted(kept + new, key=lambda case: case["case"]),
+        "multiply_adds": {name: counted[name] for name in list_models() if name in counted},
+    }
 
 
 def multiply_adds(name: str) -> int:
-    """Of one image, counted in our program."""
+    """Counts the multiply-adds of one image in our program."""
     size = hybrid_flax.model_info(name).image_size
     model = bridge.abstract(lambda: hybrid_flax.create_model(name))
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)

@@ -34,10 +34,10 @@ TINY = dataclasses.replace(l2vit.VARIANTS["l2vit_t"], dim=32, depths=(1, 1, 1, 1
 # ------------------------------------------------------------------------------- what both share
 
 
-def test_contestants_take_turns_and_failures_leave_the_race():
+def test_subjects_take_turns_and_failures_are_left_out():
     order = []
 
-    def contestant(name, fails_at=None):
+    def subject(name, fails_at=None):
         def run():
             order.append(name)
             if order.count(name) == fails_at:
@@ -48,18 +48,18 @@ def test_contestants_take_turns_and_failures_leave_the_race():
     def broken():
         raise ValueError("no such kernel\nand much more")
 
-    builders = {"a": contestant("a"), "b": contestant("b", fails_at=3), "c": broken}
-    race = timing.compare(builders, turns=3)
+    builders = {"a": subject("a"), "b": subject("b", fails_at=3), "c": broken}
+    compared = timing.compare(builders, turns=3)
     assert "".join(order) == "ababab" + "a"  # once to warm up, then in turns; b left in the second
-    assert set(race.seconds) == {"a"}
-    assert race.failed == {"b": timing.OUT_OF_MEMORY, "c": "ValueError: no such kernel"}
+    assert set(compared.seconds) == {"a"}
+    assert compared.failed == {"b": timing.OUT_OF_MEMORY, "c": "ValueError: no such kernel"}
 
 
 def test_medians_are_of_one_execution(monkeypatch):
     clock = iter([0, 6, 10, 12, 20, 60])
     monkeypatch.setattr(records.time, "perf_counter", lambda: next(clock))
-    race = timing.compare({"a": lambda: lambda: None}, turns=3, repeats=2)
-    assert race.seconds == {"a": 3.0}
+    compared = timing.compare({"a": lambda: lambda: None}, turns=3, repeats=2)
+    assert compared.seconds == {"a": 3.0}
 
 
 def test_nothing_but_jax_flax_and_optax_is_imported():

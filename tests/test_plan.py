@@ -12,11 +12,13 @@ import jax
 import pytest
 
 from hybrid_flax import plan as planning
+from hybrid_flax import step_plan
 from hybrid_flax.costs import compile_only, targets
 from hybrid_flax.costs.hlo_text import gathered
+from hybrid_flax.costs.plan_text import show
 from hybrid_flax.costs.targets import Target, find_target
 from hybrid_flax.errors import InputError
-from hybrid_flax.plan import largest_batch, lower, lower_for, plan, show
+from hybrid_flax.step_plan import largest_batch, lower, lower_for, plan
 from tests import tiny
 
 HERE = Target("here:8", "v5e", "cpu", jax.devices())
@@ -153,10 +155,10 @@ def test_the_largest_batch_is_between_one_that_fits_and_one_that_does_not(monkey
         tried.append(config.batch_size)
         return {"fits": config.batch_size <= 700}
 
-    monkeypatch.setattr(planning, "plan", fits)
+    monkeypatch.setattr(step_plan, "plan", fits)
     assert largest_batch(tiny.gcvit(), HERE) == 640  # of multiples of 64
     assert len(tried) <= 6
-    monkeypatch.setattr(planning, "plan", lambda config, target, quick: {"fits": False})
+    monkeypatch.setattr(step_plan, "plan", lambda config, target, quick: {"fits": False})
     assert largest_batch(tiny.gcvit(), HERE) == 0
 
 
@@ -249,7 +251,7 @@ def test_the_memory_that_a_program_would_need(monkeypatch):
         raise compile_only.CompilerError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
 
     monkeypatch.setattr(compile_only, "buffer_assignment", refuse)
-    monkeypatch.setattr(planning, "lower", lambda *_: ({"model": "m"}, None))
+    monkeypatch.setattr(step_plan, "lower", lambda *_: ({"model": "m"}, None))
     target = HERE._replace(platform="tpu")
     found = plan(tiny.gcvit(), target, quick=True)
     assert found == {"model": "m", "fits": False, "peak_bytes": 20.5 * 2**30}

@@ -25,14 +25,14 @@ _REPORT = "*after_optimizations-memory-usage-report.txt"
 class Buffers(NamedTuple):
     """A program as it is before there is machine code."""
 
-    known: dict[str, Any]  # beforehand
+    known: dict[str, Any]  # said of it before it was compiled
     text: str
     bytes: int  # in a chip's memory: arguments, results, temporary
     temporary: int
 
 
 class CompilerError(Exception):
-    """With the compiler's own words."""
+    """A refusal in the compiler's own words."""
 
 
 def buffer_assignment(lower: Callable, *arguments) -> Buffers:
@@ -78,14 +78,14 @@ def _compile(folder: pathlib.Path, lower: Callable, *arguments) -> None:
 
 
 def _read(folder: pathlib.Path) -> Buffers | None:
-    """What the compiler wrote; None until it has written all."""
-    files = [next(folder.glob(pattern), None) for pattern in (_BUFFERS, _REPORT, _TEXT)]
-    if None in files:
+    """Reads what the compiler wrote; None until it has written all."""
+    files = [file for pattern in (_BUFFERS, _REPORT, _TEXT) for file in folder.glob(pattern)]
+    if len(files) < 3:
         return None
     buffers, report, text = (file.read_text() for file in files)
     if not text.endswith("\n}\n\n"):
         return None
-    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)
+    (total,) = re.findall(r"Memory Space: default .*\nTotal bytes: (\d+)", report)
     temporary = re.findall(r"^allocation \d+: size (\d+), page 0, preallocated-temp", buffers, re.M)
     known = json.loads((folder / "known.json").read_text())
-    return Buffers(known, text, int(total[1]), sum(map(int, temporary)))
+    return Buffers(known, text, int(total), sum(map(int, temporary)))

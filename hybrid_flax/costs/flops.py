@@ -1,7 +1,8 @@
 """Multiply-adds of a program, counted in the program itself."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.extend import core
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
 
-# What Pallas traces to; beside each stands its definition, for other platforms.
+# Primitives of Pallas; beside each stands its definition, for other platforms.
 _KERNELS = ("pallas_call", "mpmd_map", "core_map")
 
 
@@ -31,7 +32,7 @@ def count_multiply_adds(function: Callable, *arguments) -> int:
 
 
 def training_flops(model: nnx.Module, image_size: int, batch_size: int) -> int:
-    """Of one training step: three forward passes, two for each multiply-add.
+    """Counts one training step: three forward passes, two FLOPs for each multiply-add.
 
     Args:
       model: abstract or real.
@@ -47,14 +48,15 @@ def _count(jaxpr: core.Jaxpr) -> int:
 
 def _count_equation(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
+    inputs, outputs = (
+        [_shape(var) for var in vars] for vars in (equation.invars, equation.outvars)
+    )
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        return math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return equation.outvars[0].aval.size * (kernel.size // outputs)
+        channels = inputs[1][params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(outputs[0]) * (math.prod(inputs[1]) // channels)
     if name in _KERNELS:
         return 0
     if name == "while":
@@ -65,7 +67,12 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     return sum(inner) * params.get("length", 1)  # of a scan
 
 
-def _jaxprs(value):
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Reads a variable's or literal's shape; () for what is no array."""
+    return getattr(variable.aval, "shape", ())
+
+
+def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, core.Jaxpr):

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says: what passes between chips, and its largest arrays."""
+"""Reads the text of a compiled program: what passes between chips, its largest arrays, traffic."""
 
 import math
 import re
@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 
 
 def find_collectives(text: str) -> Iterator[Collective]:
-    """All of a program, each once, however often a loop runs it; none within a single chip.
+    """Finds all of a program, each once, however often a loop runs it; none within a single chip.
 
     TPUs exchange arrays between slices through their hosts: such a transfer says in its attributes
     which collective it is part of. A fusion named all-reduce-scatter is a reduce-scatter.
@@ -74,8 +74,8 @@ def find_collectives(text: str) -> Iterator[Collective]:
 
 
 def collectives(text: str) -> dict[str, dict[str, dict[str, int]]]:
-    """{"within" or "between" slices: {kind: {"count", "bytes", "sent"}}} of a compiled program."""
-    found = {}
+    """Counts collectives: {"within" or "between" slices: {kind: {"count", "bytes", "sent"}}}."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for one in find_collectives(text):
         part = found.setdefault("between" if one.between_slices else "within", {})
         total = part.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0})
@@ -93,7 +93,7 @@ class Gathered(NamedTuple):
 
 
 def gathered(text: str) -> list[Gathered]:
-    """What a compiled program gathers from several chips, and from which of its arguments.
+    """Finds what a compiled program gathers from several chips, and from which of its arguments.
 
     An argument's name is its path, such as `state['ema']['params']['head']['bias']`. It is found
     through conversions, copies and fusions that keep its dimensions, not through loops; TPUs
@@ -127,8 +127,8 @@ def gathered(text: str) -> list[Gathered]:
 
 
 def largest(text: str, count: int = 5) -> list[dict[str, Any]]:
-    """The largest arrays of a compiled program, and what computes them."""
-    found = {}
+    """Finds the largest arrays of a compiled program, and what computes them."""
+    found: dict[str, dict[str, Any]] = {}
     for line in _LINE.finditer(text):
         array, operation = re.match(r"\w+\[[\d,]*\]", line[2]), line[3]
         if not array or operation in ("parameter", "get-tuple-element", "bitcast"):
@@ -139,11 +139,12 @@ def largest(text: str, count: int = 5) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
 
 
+_STARTS = "copy-start slice-start async-start"
 _NO_TRAFFIC = "parameter get-tuple-element bitcast tuple constant while conditional partition-id"
 
 
 def memory_traffic(text: str) -> int:
-    """Bytes that a program's instructions read and write in a chip's main memory.
+    """Counts the bytes that a program's instructions read and write in a chip's main memory.
 
     The arguments and results of each, but for those that the compiler keeps beside the cores (it
     marks them S(1)). What loops do is left out; what an instruction reads in part counts whole.
@@ -153,16 +154,10 @@ def memory_traffic(text: str) -> int:
         name, shapes, operation, rest = line.groups()
         parts = [
             0 if "S(" in layout else _BYTES.get(dtype, 4) * _count(dims)
-            for dtype, dims, layout in re.findall(
-                r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?", shapes
-            )
+            for dtype, dims, layout in _PLACED.findall(shapes)
         ]
         here[name] = sum(parts)
-        if operation in (
-            "copy-start",
-            "slice-start",
-            "async-start",
-        ):  # as much as the smaller of its ends
+        if operation in _STARTS.split():  # as much as the smaller of its ends
             ends = [size for size in _sizes(shapes) if size > 4]
             total += min(ends, default=0) * sum(part > 4 for part in parts)
         elif operation not in _NO_TRAFFIC.split() and not operation.endswith("-done"):
@@ -184,7 +179,7 @@ def _same(operation: str, operand: str, result: str) -> bool:
 
 
 def _each(shapes: str, of: Callable[[str], Any]) -> set[Any]:
-    """Of the arrays in a result, scalars aside."""
+    """Collects `of` the arrays in a result, scalars aside."""
     return {of(dims) for _, dims in _ARRAY.findall(shapes) if _count(dims) > 1}
 
 
@@ -201,7 +196,7 @@ def _sizes(shapes: str) -> list[int]:
 
 
 def _group_size(rest: str, everyone: int) -> int:
-    """How many chips take part in a collective together; text may say that in four ways."""
+    """Counts the chips that take part in a collective together; text may say that in four ways."""
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
         moved = [pair for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
         return 2 if moved else 1

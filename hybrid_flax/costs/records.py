@@ -14,7 +14,7 @@ from hybrid_flax.versions import versions
 
 
 def record(*packages: str) -> dict[str, Any]:
-    """Machine, device and versions, of these packages too."""
+    """Says machine, device and versions, of these packages too."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": jax.devices()[0].device_kind,
@@ -34,7 +34,7 @@ def save(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def positive(text: str) -> int:
-    """For argparse: a whole number above 0."""
+    """Reads a whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return int(text)

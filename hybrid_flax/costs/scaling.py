@@ -73,7 +73,7 @@ class Times(NamedTuple):
 
 
 def work_of(found: dict[str, Any]) -> Work:
-    """From the figures of `plan` for one slice that only splits the images."""
+    """Derives it from the figures of `plan` for one slice that only splits the images."""
     images, state = found["batch_per_chip"], found["bytes_of_state"]
     fixed = 2 * sum(state.values()) + 2 * state["params"]
     reduced = found["collectives"].get("within", {}).get("all-reduce", {"bytes": 0})
@@ -93,14 +93,14 @@ def step_times(
     network: Network,
     assumed: Assumed = ASSUMED,
 ) -> Times | None:
-    """The model; None where the network between slices would be needed and is not known."""
+    """Models a step; None where the network between slices would be needed and is not known."""
     slices = -(-chips // network.chips)
-    if slices > 1 and network.between is None:
-        return None
     inner = chips / slices
     within = 2 * (inner - 1) / inner * work.reduced_bytes / network.within
     between = 0.0
     if slices > 1:
+        if network.between is None:
+            return None
         share = work.reduced_bytes / inner
         between = 2 * (slices - 1) / slices * share / network.between
     return Times(
@@ -115,14 +115,14 @@ def step_times(
 def scale(
     work: Work, batch_size: int, images_per_chip: int, chip: Chip, network: Network
 ) -> dict[str, list[dict[str, float]]]:
-    """{"strong", "weak"}: a row for 8, 16, … 1024 chips.
+    """Tabulates {"strong", "weak"} scaling: a row for 8, 16, … 1024 chips.
 
     Strong scaling keeps `batch_size`, down to one image per chip; weak `images_per_chip`.
     `efficiency` is images per second and chip, beside those of 8 chips.
     """
     counts = [2**power for power in range(3, 11)]
     strong = [(n, batch_size / n) for n in counts if n <= batch_size]
-    weak = [(n, images_per_chip) for n in counts]
+    weak = [(n, float(images_per_chip)) for n in counts]
     return {
         name: _rows(work, cases, chip, network)
         for name, cases in (("strong", strong), ("weak", weak))
@@ -130,14 +130,16 @@ def scale(
 
 
 def of_plan(found: dict[str, Any], chip: str) -> dict[str, list[dict[str, float]]]:
-    """`scale` of the figures of `plan`; `chip` is "v5e", "h200" or another of NETWORKS."""
+    """Calls `scale` with the figures of `plan`; `chip` is "v5e", "h200" or another of NETWORKS."""
     kind = "NVIDIA H200" if chip == "h200" else f"TPU {chip}"
     batch, each = found["batch_size"], found["batch_per_chip"]
     return scale(work_of(found), batch, each, CHIPS[kind], NETWORKS[chip])
 
 
-def _rows(work, cases, chip, network) -> list[dict[str, float]]:
-    rows = []
+def _rows(
+    work: Work, cases: list[tuple[int, float]], chip: Chip, network: Network
+) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
     for chips, images in cases:
         if (times := step_times(work, chips, images, chip, network)) is None:
             break

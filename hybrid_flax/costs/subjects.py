@@ -1,4 +1,4 @@
-"""One of our models as `hybrid_flax.benchmark` times it: its inference and its training step."""
+"""A model of ours as `hybrid_flax.benchmark` times it: its inference and its training step."""
 
 import collections
 import functools
@@ -21,7 +21,7 @@ from hybrid_flax.training.step import make_train_step, new_state
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from pallas.deformable_conv.geometry import Sampling
-from pallas.dispatch import recorded
+from pallas.dispatch import Choice, recorded
 from pallas.halo_attention.geometry import Halo
 from pallas.window_attention.geometry import Windows
 
@@ -48,9 +48,9 @@ class Subject:
             registry.create_model,
             name,
             num_classes=CLASSES,
+            rngs=None,
             image_size=self.side,
             dtype=self.dtype,
-            rngs=None,
             **overrides,
         )
         self._model = bridge.abstract(self._create)
@@ -75,30 +75,33 @@ class Subject:
         return sum(leaf.size for leaf in jax.tree.leaves(self._weights["params"]))
 
     def multiply_adds(self) -> int:
-        """Counts multiply-adds of one image in the program."""
+        """Counts the multiply-adds of one image in the program."""
         apply = as_function(self._model)
         return count_multiply_adds(apply, self._weights, self._images(1))
 
     def operations(self) -> list[dict[str, Any]]:
-        """Lists shapes of operations of `pallas/`, how often they occur, what runs them, and why.
+        """Lists each shape of an operation of `pallas/`: how often, what runs it here, and why.
 
         Empty for models without.
         """
         with recorded() as calls:
             jax.eval_shape(as_function(self._model), self._weights, self._images(1))
         here = chips.platform_name()
-        counts = collections.Counter((geometry, choices[here]) for geometry, choices in calls)
+        other = Choice(None, f"there is no kernel for platform {here}")
+        counts = collections.Counter(
+            (geometry, choices.get(here, other)) for geometry, choices in calls
+        )
         return [
             {"shape": describe(geometry), "count": count, **choice._asdict()}
             for (geometry, choice), count in counts.items()
         ]
 
     def builders(self, batch: int, pass_: str, repeats: int, memory: dict[str, int]):
-        """Makes {name of contestant: what `timing.compare` builds it with}.
+        """Makes what `timing.compare` builds each subject with, by its name.
 
         Args:
           pass_: "inference" or "training".
-          memory: where building notes how many bytes of the device a contestant takes.
+          memory: where building notes how many bytes of the device a subject takes.
         """
         make = self._training if pass_ == "training" else self._inference
 
@@ -154,8 +157,13 @@ class Subject:
 
 
 def describe(geometry: Hashable) -> str:
-    """Puts the shape of an operation of `pallas/` into words."""
-    assert isinstance(geometry, Windows | Halo | Sampling)
+    """Says the shape of an operation in words.
+
+    Raises:
+      TypeError: a geometry of none of the operations in `pallas/`.
+    """
+    if not isinstance(geometry, Windows | Halo | Sampling):
+        raise TypeError(f"{geometry!r} is no geometry of an operation in pallas/")
     text, extras = f"{geometry.height}×{geometry.width}, ", {}
     if isinstance(geometry, Sampling):
         text += f"{geometry.groups} groups of {geometry.channels}, {geometry.points} movable points"

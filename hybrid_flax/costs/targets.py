@@ -32,12 +32,12 @@ class Target(NamedTuple):
 
     @property
     def memory(self) -> float:
-        """Bytes of a chip."""
+        """Bytes that a chip holds."""
         return MEMORY[self.chip]
 
 
 def find_target(name: str, num_slices: int = 1) -> Target:
-    """The machines of that name, so many slices of them.
+    """Looks up the machines of that name, so many slices of them.
 
     Raises:
       InputError: an unknown name, or their compiler is not installed.
@@ -76,6 +76,6 @@ def find_target(name: str, num_slices: int = 1) -> Target:
 
 
 def set_up() -> None:
-    """Before JAX is used: compilers are enough, a chip is not looked for."""
+    """Tells JAX, before it is used, that compilers are enough and no chip is looked for."""
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would look for a TPU
     os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}

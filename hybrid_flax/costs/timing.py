@@ -12,7 +12,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Comparison(NamedTuple):
-    """How it ended: of every contestant either the time or the reason why there is none."""
+    """Times of those that ran, and the reasons of those that failed."""
 
     seconds: dict[str, float]  # the median of one execution
     failed: dict[str, str]
@@ -21,17 +21,19 @@ class Comparison(NamedTuple):
 def compare(
     builders: Mapping[str, Callable[[], Callable[[], Any]]], *, turns: int, repeats: int = 1
 ) -> Comparison:
-    """Times contestants side by side.
+    """Times subjects side by side.
 
     Every turn runs each of them once, so that whatever else the machine does hits all alike. One
-    that fails, for want of memory or otherwise, leaves the race to the others.
+    that fails, for want of memory or otherwise, is left out of later turns.
 
     Args:
       builders: each makes a function that does its work `repeats` times and waits for it. Compiling
         belongs here; it is called once more before the first turn, unmeasured.
       turns: how many, of which the median counts.
     """
-    runs, times, failed = {}, {name: [] for name in builders}, {}
+    runs: dict[str, Callable[[], Any]] = {}
+    times: dict[str, list[float]] = {name: [] for name in builders}
+    failed: dict[str, str] = {}
     for name, build in builders.items():
         with _leaving(name, runs, failed):
             runs[name] = build()
@@ -47,7 +49,7 @@ def compare(
 
 @contextlib.contextmanager
 def _leaving(name: str, runs: dict[str, Any], failed: dict[str, str]) -> Iterator[None]:
-    """Notes why a contestant failed, and frees what it held."""
+    """Notes why a subject failed, and frees what it held."""
     try:
         yield
     except Exception as error:  # of any kind: kernels and compilers have many
@@ -58,7 +60,7 @@ def _leaving(name: str, runs: dict[str, Any], failed: dict[str, str]) -> Iterato
 
 
 def reason(error: Exception) -> str:
-    """In a line; OUT_OF_MEMORY for any of JAX's and PyTorch's ways to say that."""
+    """Says an error in a line; OUT_OF_MEMORY for any of JAX's and PyTorch's ways to say that."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text or OUT_OF_MEMORY in text.lower():
         return OUT_OF_MEMORY

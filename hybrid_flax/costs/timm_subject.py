@@ -1,4 +1,4 @@
-"""What `hybrid_flax.benchmark` times beside our models: timm's, in PyTorch.
+"""Models of timm in PyTorch, which `hybrid_flax.benchmark` times beside ours.
 
 PyTorch and timm are imported only when they are asked for.
 """
@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import jax
 
@@ -70,7 +71,7 @@ class TimmSubject:
         torch.set_float32_matmul_precision("high")  # TF32, as XLA
 
     def builders(self, batch: int, pass_: str, repeats: int, memory: dict[str, int]):
-        """As `subjects.Subject.builders`; memory is noted on GPUs."""
+        """Does as `subjects.Subject.builders`; memory is noted on GPUs."""
         return {
             f"{self.label} {how}": functools.partial(
                 self._build, f"{self.label} {how}", how == "compiled", batch, pass_, repeats, memory
@@ -88,7 +89,7 @@ class TimmSubject:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        layout = {"device": self._device, "memory_format": torch.channels_last}
+        layout: dict[str, Any] = {"device": self._device, "memory_format": torch.channels_last}
         model = self._create().to(**layout).train(pass_ == "training")
         images = torch.randn(batch, 3, self.side, self.side).to(**layout)
         labels = torch.randint(CLASSES, (batch,), device=self._device)

@@ -17,14 +17,11 @@ from hybrid_flax.data.transforms import Batch, EvalTransform, TrainTransform
 from hybrid_flax.data.workers import read_ahead
 
 
-class Batches(Protocol):
-    """An iterator of batches; closing it ends the threads or processes that prepare them."""
+class Batches(Iterator[Batch], Protocol):
+    """Batches, until they are closed."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
 
 
 def train_batches(
@@ -38,7 +35,7 @@ def train_batches(
     group: int = 0,
     rows: np.ndarray | None = None,
 ) -> Batches:
-    """Reads training batches without end, from step `start_step` on.
+    """Endless training batches from step `start_step` on.
 
     Every epoch is a new permutation of the source; images that do not fill a batch are left out of
     that epoch. With `repeats` an epoch has as many batches, of a part of the source: each image
@@ -61,7 +58,7 @@ def eval_batches(
     num_workers: int = 0,
     rows: np.ndarray | None = None,
 ) -> Generator[Batch, None, None]:
-    """Reads every image of the source once, in order, as batches that all have `batch_size` rows.
+    """Every image of the source once, in order, as batches that all have `batch_size` rows.
 
     The last one is filled up with zero images whose `mask` is 0. With `rows` only these rows of
     each batch are read. Yields `image` uint8 [B, H, W, 3], `label` and `index` int32 [B], `mask`

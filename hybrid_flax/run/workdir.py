@@ -188,7 +188,7 @@ def differences(
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""The benchmark of the loader: its files, its opponent, what it refuses."""
+"""The benchmark of the loader: its files, what it is compared with, what it refuses."""
 
 import itertools
 import json

@@ -10,8 +10,15 @@ import pytest
 from configs import gcvit_b
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pallas/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text()
+
+every_document = pytest.mark.parametrize(
+    "document", DOCS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 @functools.cache
@@ -37,19 +44,46 @@ def test_every_promise_has_its_row_and_a_test_or_says_that_it_has_none():
 def test_every_module_that_keeps_a_promise_exists():
     rows = re.findall(r"^\| R\d+ \|[^|]*\|([^|]*)\|", RELIABILITY, flags=re.MULTILINE)
     modules = re.findall(r"`([\w/]+\.py)`", " ".join(rows))
+    assert len(modules) > 20
     assert [name for name in modules if not (ROOT / "hybrid_flax" / name).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+@every_document
 def test_every_file_linked_is_there(document):
     links = re.findall(r"\]\((?!http)([^)#]+)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+@every_document
+def test_every_part_linked_is_there(document):
+    for file, part in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", document.read_text()):
+        target = document.parent / file if file else document
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert part in anchors, f"{file}#{part}"
+
+
+@every_document
+def test_every_file_named_with_its_folder_is_there(document):
+    top = "hybrid_flax|convert|configs|pallas|benchmarks|tests|docs|launch"
+    named = re.findall(rf"`((?:{top})/[\w/.]+)`", document.read_text())
+    assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
+
+
+@every_document
 def test_every_field_named_is_in_the_configs(document):
     for name in re.findall(r"--config\.([\w.]*\w)", document.read_text()):
         value = gcvit_b.get_config()
         for part in name.split("."):
             assert part in value, name
             value = value[part]
+
+
+@every_document
+def test_every_program_named_is_there(document):
+    top = "hybrid_flax|convert|benchmarks|tests|docs"
+    for name in re.findall(rf"python -m ((?:{top})[\w.]*\w)", document.read_text()):
+        path = ROOT / name.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert file.exists(), name
+        assert file.name == "__main__.py" or '__name__ == "__main__"' in file.read_text(), name

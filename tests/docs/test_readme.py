@@ -1,68 +1,133 @@
-"""The README's figures are those of the registry and of the last `make parity SAVE=…`."""
+"""The README leads to every room and every program, and its examples run."""
 
 import json
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import convert
 import hybrid_flax
+from hybrid_flax.build import build_model
+from hybrid_flax.models.unified.mixer import Place
+from hybrid_flax.models.unified.model import MIXERS
+from hybrid_flax.settings import from_config
+from hybrid_flax.weights import bridge
+from tests.parity import GOLDEN, golden_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PARITY = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text())
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+DOORS = {"hybrid_flax.checkpoints", "hybrid_flax.data.inspect"}  # for old names, which say the new
+PROGRAMS = ("hybrid_flax", "convert", "benchmarks", "docs")
 
 
-def row(name: str) -> str:
-    info = hybrid_flax.model_info(name)
-    cases = [case for case in PARITY["cases"] if case["case"].removesuffix(" (train)") == name]
-    gradients = [case[key] for case in cases for key in ("norms", "projections") if case[key]]
-    counted = f"{PARITY['multiply_adds'][name] / 1e9:.1f}"
-    crop = info.eval_transform
-    weights = (
-        f"[{info.release_file}]({info.release_page})" if info.release_file else "none released"
+def tree() -> list[str]:
+    """Paths of the tree in "Find your way"."""
+    block = README.partition("## Find your way")[2].split("```")[1]
+    found, folders = [], [""]
+    for line in block.splitlines():
+        names = re.match(r"^( *)((?:[\w.]+(?:/| |$))+)", line)
+        if names and not line.startswith(" " * 12):
+            depth = len(names[1]) // 2
+            for name in re.findall(r"[\w.]+/?", names[2]):
+                if name.endswith("/") or name.endswith(".py"):
+                    path = folders[depth] + name
+                    found.append(path)
+                    if name.endswith("/"):
+                        folders[depth + 1 :] = [path]
+    return found
+
+
+def test_the_tree_names_what_is_there():
+    assert "hybrid_flax/run/storage/" in tree()
+    assert [path for path in tree() if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_leaves_no_room_out():
+    rooms = [path for path in ROOT.glob("hybrid_flax/*") if path.suffix in (".py", "")]
+    doors = {"__init__.py", "checkpoints.py", "__pycache__"}
+    names = {f"hybrid_flax/{room.name}{'/' * room.is_dir()}" for room in rooms}
+    assert names - {f"hybrid_flax/{door}{'/' * (door[-3:] != '.py')}" for door in doors} <= set(
+        tree()
     )
-    cells = [
-        f"`{name}`",
-        f"{info.top1:.1f}" if info.top1 else "–",
-        f"{info.parameters / 1e6:.1f} M",
-        f"{info.gflops:.1f} ({counted})" if info.gflops else f"– ({counted})",
-        f"{info.image_size}, {crop.crop_mode} {crop.crop_fraction:g}",
-        f"{max(case['logits'] for case in cases):.0e}" if cases else "no official code",
-        f"{max(gradients):.0e}" if gradients else "",
-        weights,
+
+
+def test_every_program_has_its_row():
+    section = README.partition("## Commands")[2].partition("## Pages")[0]
+    listed = set(re.findall(r"python -m ([\w.]+)", section))
+    files = [file for package in PROGRAMS for file in (ROOT / package).rglob("*.py")]
+    programs = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for file in files
+        if '__name__ == "__main__"' in file.read_text()
+    }
+    assert programs - DOORS == {name for name in listed if not name.startswith("tests.")}
+
+
+def test_every_page_is_linked():
+    pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)", README))
+
+
+def code(text: str, first: str) -> str:
+    """The Python example that begins with `first`."""
+    (found,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if first in block
     ]
-    return f"| {' | '.join(cells)} |"
+    return found
 
 
-@pytest.mark.parametrize("name", hybrid_flax.list_models())
-def test_every_model_has_its_row(name):
-    assert row(name) in README.splitlines()
+def test_the_first_use_of_a_model_runs(monkeypatch):
+    record = json.loads((GOLDEN / "gcvit/gcvit_b.json").read_text())
+    real = hybrid_flax.create_model
+    monkeypatch.setattr(
+        hybrid_flax, "create_model", lambda name: bridge.abstract(lambda: real(name))
+    )
+    monkeypatch.setattr(convert, "load_checkpoint", lambda file: golden_state(record))
+
+    def run(images):
+        names = {"images": images}
+        exec(code(README, "create_model"), names)
+        return names["logits"], names["maps"]
+
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    logits, maps = jax.eval_shape(run, images)
+    assert logits.shape == (2, 1000)
+    assert [224 // each.shape[1] for each in maps] == [4, 8, 16, 32]
 
 
-def test_every_model_named_is_known():
-    named = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
-    assert named == set(hybrid_flax.list_models())
+@pytest.fixture
+def pooling(monkeypatch) -> type:
+    """The token mixer of docs/extending.md, registered as it says."""
+    names: dict = {}
+    exec(code(EXTENDING, "class PoolingMixer"), names)
+    monkeypatch.setitem(MIXERS, "pooling", names["PoolingMixer"])
+    return names["PoolingMixer"]
 
 
-def test_every_file_named_is_there():
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"configs/\w+\.py", README):
-        assert (ROOT / path).exists(), path
+def test_the_token_mixer_averages_and_keeps_its_dtype(pooling):
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1).astype(jnp.bfloat16)
+    mixer = pooling(1, Place(0, 0, 3, False), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    mixed = mixer(x)
+    assert mixed.dtype == jnp.bfloat16
+    assert float(mixed[0, 0, 0, 0]) == (0 + 1 + 3 + 4) / 4 - 0  # places outside do not count
+    assert float(mixed[0, 1, 1, 0]) == 0
 
 
-def test_every_field_named_is_in_the_configs():
-    from configs import gcvit_b
-
-    config = gcvit_b.get_config()
-    for name in re.findall(r"--config\.([\w.]+)", README):
-        value = config
-        for part in name.split("."):
-            assert part in value, name
-            value = value[part]
-
-
-if __name__ == "__main__":  # the rows, to be pasted into the README
-    for model in hybrid_flax.list_models():
-        print(row(model))
+def test_a_model_with_the_token_mixer_is_built_and_a_config_trains_it(pooling):
+    names = {"hybrid_flax": hybrid_flax}
+    example = code(EXTENDING, "create_model").replace("mixer=", "depths=(1, 1, 1, 1), mixer=")
+    model = bridge.abstract(lambda: exec(example, names) or names["model"])
+    assert type(model.stages[0].blocks[0].mixer) is pooling
+    exec(code(EXTENDING, "def get_config"), names)
+    config = names["get_config"]()
+    config.model.num_classes = 10
+    with config.unlocked():
+        config.model.overrides["depths"] = (1, 1, 1, 1)
+    settings = from_config(config)
+    built = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
+    assert type(built.stages[3].blocks[0].mixer) is pooling
