@@ -55,7 +55,7 @@ def train(
 
     Args:
       profile: "FIRST:LAST" steps to record into WORKDIR/profile; "": none.
-      build: makes the program of a config, for a mesh and so many steps per epoch.
+      build: makes the program of settings, for a mesh and so many steps per epoch.
 
     Returns:
       The exit status: 0 when the run is finished, 128 + the signal after a stop that was asked for.

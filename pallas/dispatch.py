@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core
-import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 

@@ -18,6 +18,7 @@ from hybrid_flax.build import Program
 from hybrid_flax.distributed.batch import batch_sharded
 from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.settings import Settings
 from tests import tiny
 
 BAD_LABEL = 77  # its loss is not a number
@@ -41,7 +42,7 @@ def get_config(**overrides) -> ml_collections.ConfigDict:
     return tiny.get_config(**defaults | overrides)
 
 
-def program(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, _: int) -> Program:
+def program(config: Settings, mesh: jax.sharding.Mesh, _: int) -> Program:
     """The program of a toy config, as `build.training_program` gives it for any other."""
     size, classes = config.model.image_size, config.model.num_classes
 
@@ -101,7 +102,7 @@ def program(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, _: int) 
         return state | ({"ema": jax.tree.map(jnp.copy, weights)} if config.ema_decay else {})
 
     state = jax.eval_shape(lambda: begin(fresh()))
-    shardings = state_shardings(state, mesh, **config.sharding)
+    shardings = state_shardings(state, mesh, **vars(config.sharding))
     batch = batch_sharded(mesh)
     return Program(
         jax.jit(

@@ -48,9 +48,9 @@ class Subject:
             registry.create_model,
             name,
             num_classes=CLASSES,
+            rngs=None,
             image_size=self.side,
             dtype=self.dtype,
-            rngs=None,
             **overrides,
         )
         self._model = bridge.abstract(self._create)

@@ -61,7 +61,13 @@ class Record:
         self._waited: Sequence[float] = ()  # when something was last logged
         self._workdir = Workdir(workdir, config)
         self._profile = Profile(profile, os.path.join(self._workdir.path, "profile"))
-        self._checkpoints = Checkpoints(self._workdir.checkpoints, **keep)
+        asked = config.checkpoint
+        self._checkpoints = Checkpoints(
+            self._workdir.checkpoints,
+            keep=asked.keep,
+            keep_every_steps=asked.keep_every_steps,
+            keep_best=asked.keep_best,
+        )
         self.stall_file = stall_file(workdir)
 
     def __enter__(self) -> "Record":

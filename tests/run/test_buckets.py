@@ -9,7 +9,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import ml_collections
 import numpy as np
 import pytest
 from gcp_storage_emulator.server import create_server
@@ -22,7 +21,7 @@ from hybrid_flax.run.storage import mirror
 from hybrid_flax.run.storage.bucket import Bucket
 from hybrid_flax.run.storage.bucket_steps import COMPLETE
 from hybrid_flax.run.workdir import Workdir
-from tests import toy
+from tests import tiny, toy
 from tests.end_to_end.same_bits import assert_same_bits, final_arrays
 
 # gcsfs gives aiohttp large bodies as bytes.
@@ -236,7 +235,7 @@ def test_a_stopped_run_goes_on_from_the_bucket_to_the_bit(url, tmp_path, monkeyp
 
 
 def run(url, **settings):
-    return Workdir(url, ml_collections.ConfigDict({"seed": 1} | settings))
+    return Workdir(url, tiny.settings(**settings))
 
 
 def test_one_run_at_a_time(url, impatient):
