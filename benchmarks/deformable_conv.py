@@ -33,7 +33,7 @@ def shapes(dtype: str) -> dict[str, Sampling]:
 
 
 def argument_shapes(geometry: Sampling, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the operation takes, by argument name, and `out_grad`."""
+    """Shapes of the operation's arguments by name, and of `out_grad`."""
     places = (batch, geometry.out_height, geometry.out_width, geometry.groups)
     pixels = (batch, geometry.height, geometry.width, geometry.groups)
     shapes = {
@@ -59,7 +59,7 @@ def operation(geometry: Sampling, implementation: str):
 
 
 def work(geometry: Sampling, batch: int) -> tuple[Work, Work]:
-    """Of forward and backward.
+    """The work of forward and backward.
 
     Forward reads value, offsets and mask and writes the result. Backward reads these and the
     result's gradient and writes three gradients. Both gather the four pixels around every point;

@@ -95,7 +95,7 @@ def pytorch(folder: pathlib.Path, workers: int) -> Iterator:
 
 
 def images_per_second(start: Callable[[], Iterator], batches: int) -> tuple[float, float]:
-    """Of one turn, without the start: (of processor time, of the clock)."""
+    """Measures one turn, without the start: (of processor time, of the clock)."""
     with contextlib.closing(start()) as iterator:
         for _ in range(SKIPPED):
             next(iterator)
@@ -124,7 +124,7 @@ def _processor_time() -> float:
 def compare(
     subjects: dict[str, Callable[[], Iterator]], turns: int, batches: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """What `images_per_second` says of each in every turn; a line for people after each turn."""
+    """Measures `images_per_second` of each in every turn; a line for people after each turn."""
     speeds = {name: [] for name in subjects}
     for _ in range(turns):
         for name, start in subjects.items():

@@ -27,7 +27,7 @@ TURNS, REPEATS = 9, 50
 
 
 class Work(NamedTuple):
-    """What a pass cannot do without."""
+    """The least that a pass has to do."""
 
     moved: int  # bytes, to and from main memory
     flops: int = 0  # of products of matrices
@@ -107,7 +107,7 @@ def call(function: Callable, backward: bool):
 
 
 def jax_subject(function: Callable, arguments: Callable, backward: bool, repeats: int):
-    """What builds one of ours, for `timing.compare`; `arguments` makes its arrays."""
+    """Builds one of ours, for `timing.compare`; `arguments` makes its arrays."""
     once = call(function, backward)
 
     def turn(_, carry):

@@ -57,7 +57,7 @@ def shapes(dtype: str) -> dict[str, Windows | Halo]:
 
 
 def argument_shapes(geometry: Windows | Halo, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the operation takes, by argument name."""
+    """Shapes of the operation's arguments by name."""
     heads, dim = geometry.heads, geometry.dim
     if isinstance(geometry, Halo):
         parts, shapes = (
@@ -96,7 +96,7 @@ def operation(geometry: Windows | Halo, implementation: str):
 
 
 def work(geometry: Windows | Halo, batch: int) -> tuple[Work, Work]:
-    """Of forward and backward.
+    """The work of forward and backward.
 
     Forward moves query, key, value and result once, and multiplies every query with its keys and
     these weights with the values. Backward moves twice as much (these four and the result's

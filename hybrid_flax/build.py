@@ -35,7 +35,7 @@ from hybrid_flax.weights.functions import as_function, as_training_function
 
 
 class Prepared(NamedTuple):
-    """What programs that run a model begin with."""
+    """The opening of programs that run a model."""
 
     config: Settings  # with the number of classes
     source: EncodedSource

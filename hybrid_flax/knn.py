@@ -81,7 +81,7 @@ def _check(neighbours: int, temperature: float, images: int) -> None:
 
 
 def pooled_features(apply, weights, images: Array) -> Float[Array, "B D"]:
-    """What the classifier sees: the pooled last map. Those of several heads follow each other."""
+    """The classifier's input: the pooled last map. Those of several heads follow each other."""
     maps = apply(weights, images, method="intermediates")
     pooled = [maps[name] for name in maps if name.startswith("pooled")]
     return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)

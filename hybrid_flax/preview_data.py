@@ -105,7 +105,7 @@ def _class_counts(source: EncodedSource, sample: np.ndarray) -> str:
 
 
 def _sizes(source: EncodedSource, sample: np.ndarray, image_size: int) -> list[str]:
-    """Of a sample, from the heads of the files."""
+    """Describes the sizes of a sample, from the heads of the files."""
     sizes, volume, lines = [], 0, []
     for index in sample:
         try:

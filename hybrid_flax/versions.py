@@ -11,7 +11,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Of Python, the packages that matter and `others`, the devices, the commit of this code.
+    """Versions of Python, the packages that matter and `others`; devices; this code's commit.
 
     What is not installed is left out: a machine that only measures needs no data loader.
     """

@@ -51,7 +51,7 @@ ASSUMED = Assumed()
 
 
 class Work(NamedTuple):
-    """What a training step does, counted in its program."""
+    """A training step's work, counted in its program."""
 
     flops_per_image: float
     bytes_per_image: float  # to and from memory

@@ -138,7 +138,7 @@ def is_first() -> bool:
 
 
 def name() -> str:
-    """Of this process, as messages say it: "process 3 of 8 on host7"."""
+    """The name of this process in messages: "process 3 of 8 on host7"."""
     return f"process {jax.process_index()} of {jax.process_count()} on {platform.node()}"
 
 

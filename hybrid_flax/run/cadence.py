@@ -6,7 +6,7 @@ from hybrid_flax.settings import Settings
 
 
 class Due(NamedTuple):
-    """What is to be done at a step, in this order."""
+    """The things to do at a step, in this order."""
 
     log: bool  # what is known by then: the metrics of the steps before it
     save: bool

@@ -22,7 +22,7 @@ _UNDONE = ("train", "input wait")  # what is lost with a step
 
 
 class Account(NamedTuple):
-    """What became of a run's wall time."""
+    """A run's wall time by what became of it."""
 
     seconds: dict[str, float]  # by kind, see KINDS
     starts: int
@@ -144,5 +144,5 @@ class Ledger:
                 stream.write("\n" * (stream.tell() > 0) + json.dumps(line))
 
     def account(self) -> Account:
-        """Of the whole run up to the last line."""
+        """Accounts for the whole run up to the last line."""
         return account(self._lines)

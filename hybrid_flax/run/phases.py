@@ -56,7 +56,7 @@ class Phases:
         return kind, self._clock() - at, kind not in self._known
 
     def seconds(self) -> dict[str, float]:
-        """Of every phase until now; their sum is `elapsed`, at the same moment."""
+        """Seconds of every phase until now; their sum is `elapsed`, at the same moment."""
         now = self._clock()
         kind = self._sign[0]
         return self._seconds | {kind: self._seconds[kind] + now - self._since}

@@ -226,7 +226,7 @@ class Record:
         return unflatten({name: x for name, x in record.items() if name.startswith("val")})
 
     def account(self) -> str:
-        """Where the time of the run went."""
+        """Accounts for the time of the run."""
         return str(self._ledger.account())
 
     def _evaluations(self) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Sampling:
 
     @property
     def places(self) -> int:
-        """Of the result."""
+        """Places of the result."""
         return self.out_height * self.out_width
 
     def _places_along(self, side: int) -> int:
@@ -83,7 +83,7 @@ class Sampling:
         return (side + 2 * self.padding - spread - 1) // self.stride + 1
 
     def grid(self) -> np.ndarray:
-        """Where the points of each group are without offsets, from their centre; [G, P, 2]."""
+        """Points of each group without offsets, from their centre; [G, P, 2]."""
         steps = np.arange(self.kernel_size)
         steps = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
         if self.remove_center:
@@ -91,7 +91,7 @@ class Sampling:
         return self._dilation * steps - self._reach
 
     def centers(self) -> np.ndarray:
-        """Where the centre of each place lies on the map, (x, y); [Ho, Wo, G, 2]."""
+        """The centre of each place on the map, (x, y); [Ho, Wo, G, 2]."""
         x, y = np.meshgrid(np.arange(self.out_width), np.arange(self.out_height))
         centers = self.stride * np.stack([x, y], axis=-1)[:, :, None]
         moved = self._reach[:, 0] - self.padding if self.padding is not None else np.zeros((1, 1))

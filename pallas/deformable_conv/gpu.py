@@ -53,7 +53,7 @@ class Kernel:
     # ------------------------------------------------------------------------------ the programs
 
     def forward(self, count: int, memory: Memory, number):
-        """Of `count` runs of the result."""
+        """Computes `count` runs of the result."""
         geometry = self.geometry
         index = jnp.minimum(number * LANES + memory.lanes(), count - 1)
         pair, part = split(index, self.runs)
@@ -69,7 +69,7 @@ class Kernel:
         return [("out", index, total)]
 
     def backward_of_points(self, count: int, memory: Memory, number):
-        """Of offsets and masks, of `count` places and groups."""
+        """Computes the gradients of offsets and masks, of `count` places and groups."""
         geometry = self.geometry
         pair = jnp.minimum(number * LANES + memory.lanes(), count - 1)
         image, place, group = self.taken_apart(pair)
@@ -92,7 +92,7 @@ class Kernel:
         return stored
 
     def backward_of_map(self, memory: Memory, number):
-        """Of 128 pixels of an image and group."""
+        """Computes the map's gradient in 128 pixels of an image and group."""
         geometry = self.geometry
         pair, tile = split(number, self.tiles)
         image, group = split(pair, geometry.groups)
@@ -215,7 +215,7 @@ def split(index, size: int):
 
 
 def for_the_map(geometry: Sampling, offsets, mask):
-    """What the gradient of the map needs to know of the points of all images.
+    """Summarises the points of all images for the gradient of the map.
 
     Returns:
       moved: float32 [B, G, P, 3, Ho·Wo]: x and y of a point, from the pixel that its place begins

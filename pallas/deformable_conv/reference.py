@@ -20,7 +20,7 @@ def deformable_sampling(geometry: Sampling, value, offsets, mask):
 
     @jax.checkpoint  # 4P pixels per place are gathered again for the gradient, never stored
     def sample(value, offsets, mask):
-        """Of one image: [H, W, G, C], [Ho, Wo, G, P, 2], [Ho, Wo, G, P] → [Ho, Wo, G, C]."""
+        """Samples one image: [H, W, G, C], [Ho, Wo, G, P, 2], [Ho, Wo, G, P] → [Ho, Wo, G, C]."""
         table = value.astype(jnp.float32).reshape(-1, geometry.channels)
         mask = mask.astype(jnp.float32)
         position = positions(geometry, offsets)

@@ -86,7 +86,7 @@ class Kernel:
         return tile * LANES + lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def first_row(self):
-        """Of this program's band."""
+        """The first row of this program's band."""
         return lax.rem(pl.program_id(0), self.bands) * self.band
 
     def points(self, offsets, masks, grid, group, tile, start):
@@ -155,7 +155,7 @@ class Kernel:
     # -------------------------------------------------------------------------- around a program
 
     def vmem_bytes(self) -> int:
-        """What the blocks and scratch of a program take of a core's vector memory, at most."""
+        """Bytes of a core's vector memory for a program's blocks and scratch, at most."""
         size, geometry = self.dtype.itemsize, self.geometry
         lanes, pixels = (
             round_up(self.channels, LANES),

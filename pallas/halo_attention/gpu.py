@@ -73,7 +73,7 @@ def _setup(geometry: Halo, batch: int, interpret):
 
 
 def _lines(geometry: Halo) -> int:
-    """Of queries in the tables, enough for a product."""
+    """Lines of queries in the tables, enough for a product."""
     return max(2, geometry.block)
 
 

@@ -52,7 +52,7 @@ def plan(geometry: Halo, batch: int, *, backward: bool, budgets=BUDGETS) -> Plan
 
 
 def vmem_bytes(geometry: Halo, cut: Plan, *, backward: bool) -> int:
-    """What the blocks and scratch of a program take of a core's vector memory."""
+    """Bytes of a core's vector memory for a program's blocks and scratch."""
     kernel = HaloKernel(geometry, cut)
     size = kernel.dtype.itemsize
     places = geometry.height * round_up(geometry.width, 32 // size) * size
@@ -369,7 +369,7 @@ def backward(geometry: Halo, qkv, row_table, column_table, out_grad, *, interpre
 
 
 class _Blocks:
-    """What each program is given of the arrays, and in which layout."""
+    """The parts of the arrays that each program is given, and their layout."""
 
     def __init__(self, geometry: Halo, qkv, *, backward: bool):
         self.geometry = geometry

@@ -55,7 +55,7 @@ class Tile:
 
     @property
     def tokens(self) -> int:
-        """Of the whole window in shared memory, as a multiple of what WGMMA contracts."""
+        """Tokens of the whole window in shared memory, a multiple of what WGMMA contracts."""
         return 64 if self.count == 1 else round_up(self.rows * self.pitch, 32)
 
     def blocks(self, size: int = 64) -> list[tuple[int, int]]:
@@ -485,7 +485,7 @@ def softmax(scores):
 
 
 def shares(machine, sums, index):
-    """What the weights of a query are multiplied with: nothing if it belongs to another window."""
+    """The factor of a query's weights: nothing if it belongs to another window."""
     hidden = foreign(machine, index)
     return 1 / sums if hidden is None else jnp.where(hidden, 0.0, 1 / sums)
 

@@ -75,7 +75,7 @@ class Tiles(Generic[G]):
         self.precision = lax.Precision.HIGHEST if geometry.dtype == "float32" else None
 
     def lanes(self, group):
-        """Of a group in a block that has several."""
+        """The lanes of a group in a block that has several."""
         return pl.ds(group * self.cut.lanes, self.cut.lanes)
 
     def places(self, shape, axis):
@@ -121,7 +121,7 @@ class Tiles(Generic[G]):
         )
 
     def softmax_gradient(self, weights, out_grads, value):
-        """Of the scores, from their softmax and the gradient of the result."""
+        """The gradient of the scores, from their softmax and the gradient of the result."""
         weight_grads = self.dot(out_grads, value, ((1,), (1,)))
         mean = (weights * weight_grads).sum(axis=1, keepdims=True)
         return weights * (weight_grads - mean)

@@ -69,7 +69,7 @@ def refusal(geometry: Windows) -> str | None:
 
 
 def _hidden(tile: Tile, geometry: Windows, token, place):
-    """What is added to the scores of a key: 0 if it is in the window and on the map, or None."""
+    """The term added to the scores of a key: 0 if it is in the window and on the map, or None."""
     row, column = lax.div(token, tile.pitch), lax.rem(token, tile.pitch)
     seen = []
     if tile.pitch > tile.columns:

@@ -48,7 +48,7 @@ def merge(windows, window: tuple[int, int], height: int, width: int):
 
 
 def shift_mask(height: int, width: int, window: tuple[int, int], shift: tuple[int, int]):
-    """What is added to the scores of a rolled map; float32 [windows, N, N], 0 or -100.
+    """The mask added to the scores of a rolled map; float32 [windows, N, N], 0 or -100.
 
     Rolling brings together, in the last row and column of windows, what lies on opposite borders.
     """

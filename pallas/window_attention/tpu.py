@@ -23,7 +23,7 @@ from pallas.window_attention.tpu_plan import plan
 
 
 class WindowKernel(Tiles[Windows]):
-    """What the kernels for `window_attention` do besides."""
+    """The kernels' arithmetic for `window_attention` besides that on tiles."""
 
     def __init__(self, geometry: Windows, cut: Plan):
         super().__init__(geometry, cut)
@@ -38,7 +38,7 @@ class WindowKernel(Tiles[Windows]):
     # ------------------------------------------------------------------ between map and strip
 
     def rows(self, strip):
-        """Where the rows of the map are that a strip consists of."""
+        """Places on the map of the rows of a strip."""
         a, shift = self.geometry.window[0], self.geometry.shift[0]
         height = self.geometry.height
         for row in range(a):
@@ -99,7 +99,7 @@ class WindowKernel(Tiles[Windows]):
                 ref[image, place, :, lanes] = x.astype(ref.dtype)
 
     def key_slabs(self, group):
-        """Where keys and values of a group lie in the scratch of a strip."""
+        """Slabs of a group's keys and values in the scratch of a strip."""
         return tuple(part * self.cut.groups + group for part in (self.parts - 2, self.parts - 1))
 
     def clear_padding(self, scratch):
@@ -145,7 +145,7 @@ class WindowKernel(Tiles[Windows]):
         return exponentials, exponentials.sum(axis=1, keepdims=True)
 
     def region(self, shape, axis, strip, column):
-        """Of a token: which side of the map's borders it comes from, in the last windows."""
+        """The side of the map's borders that a token comes from, in the last windows."""
         (a, b), (down, right) = self.geometry.window, self.geometry.shift
         line, place = self.places(shape, axis)
         last_row = (strip == self.geometry.height // a - 1).astype(jnp.int32)
@@ -410,7 +410,7 @@ def _unpacked(pack, given, grad):
 
 
 class _Blocks:
-    """What each program is given of the arrays, and in which layout."""
+    """The parts of the arrays that each program is given, and their layout."""
 
     def __init__(self, geometry: Windows, batch: int, *, backward: bool):
         self.geometry, self.batch = geometry, batch
@@ -423,7 +423,7 @@ class _Blocks:
         self.width = self.cut.groups * self.cut.lanes
 
     def map(self, lanes: int, part=None) -> pl.BlockSpec:
-        """Of a map; `part` says which of the packed ones, None: the one whose turn it is."""
+        """The block of a map: of `part` of the packed ones; None: of the one whose turn it is."""
         cut, geometry = self.cut, self.geometry
 
         def index(half, channel, image, strip, turn):

@@ -57,7 +57,7 @@ def plan(geometry: Windows, batch: int, *, backward: bool, budgets=BUDGETS) -> P
 
 
 def vmem_bytes(geometry: Windows, cut: Plan, *, backward: bool) -> int:
-    """What the blocks and scratch of a program take of a core's vector memory."""
+    """Bytes of a core's vector memory for a program's blocks and scratch."""
     size = jnp.dtype(geometry.dtype).itemsize
     parts = 2 if geometry.shared_query else 3
     width = cut.groups * cut.lanes
@@ -84,7 +84,7 @@ def vmem_bytes(geometry: Windows, cut: Plan, *, backward: bool) -> int:
 
 
 def _strip_bytes(geometry: Windows, cut: Plan) -> int:
-    """Of the packed map, in one row of windows."""
+    """Bytes of the packed map in one row of windows."""
     size = jnp.dtype(geometry.dtype).itemsize
     return geometry.window[0] * geometry.width * 3 * cut.groups * cut.lanes * size
 

@@ -53,7 +53,7 @@ class Bucket:
             ) from error
 
     def names(self, folder: str = "") -> list[str]:
-        """Of all objects in a folder and the folders in it, relative to it."""
+        """Lists all objects in a folder and the folders in it, relative to it."""
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -100,7 +100,7 @@ class Bucket:
             self._files.copy(self._path(name), self._path(to))
 
     def delete(self, names: Iterable[str]) -> None:
-        """What is not there is none the worse."""
+        """Deletes objects; one that is not there is none the worse."""
         with _as_os_error(), contextlib.suppress(FileNotFoundError):
             if paths := [self._path(name) for name in names]:
                 self._files.rm(paths)
