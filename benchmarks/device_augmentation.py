@@ -13,16 +13,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from configs import gcvit_t
-from hybrid_flax.build import training_program
-from hybrid_flax.config import check
+from hybrid_flax.build import checked, training_program
 from hybrid_flax.costs import records, timing
 from hybrid_flax.distributed.batch import batch_sharded, to_devices
 from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Settings
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.losses import smoothed_one_hot
 from hybrid_flax.training.step import augmented_batch
@@ -30,8 +29,8 @@ from hybrid_flax.training.step import augmented_batch
 STEPS_PER_EPOCH = 312  # of ImageNet at 4096 images; any number takes the same time
 
 
-def subjects(config: ml_collections.ConfigDict) -> dict[str, Callable]:
-    """{name: what builds it}, for `timing.compare`; of a checked config with a number of classes"""
+def subjects(config: Settings) -> dict[str, Callable]:
+    """Makes {name: what builds it}, for `timing.compare`."""
     mesh = make_mesh(jax.devices()[:1])
     rng = np.random.default_rng(0)
     side = config.model.image_size
@@ -51,7 +50,9 @@ def subjects(config: ml_collections.ConfigDict) -> dict[str, Callable]:
             targets = smoothed_one_hot(
                 batch["label"], config.model.num_classes, config.loss.label_smoothing
             )
-            return augmented_batch(tuple(keys), batch["image"], targets, step, config, None)
+            return augmented_batch(
+                tuple(keys), batch["image"], targets, step, config.augment, config.dataset, None
+            )
 
         compiled = jax.jit(augment, in_shardings=(batch_sharded(mesh), replicated(mesh)))
         step = jnp.zeros((), jnp.int32)
@@ -86,14 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
         config.model.dtype = options.dtype
     try:
         records.check_file("--save", options.save)
-        check(config)
+        settings = checked(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return measure(config, options.turns, options.save)
+    return measure(settings, options.turns, options.save)
 
 
-def measure(config: ml_collections.ConfigDict, turns: int, file: pathlib.Path | None) -> int:
+def measure(config: Settings, turns: int, file: pathlib.Path | None) -> int:
     """Compares, prints the result, and saves it if there is a file; the exit status."""
     compared = timing.compare(subjects(config), turns=turns)
     for name, why in compared.failed.items():

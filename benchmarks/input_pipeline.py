@@ -33,6 +33,7 @@ from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import from_config
 
 # (share, width, height) of the files. Most of ImageNet's photographs come from Flickr, whose longer
 # side was 500; the published mean is 469 × 387. Few are larger than 640, but hold many pixels.
@@ -77,7 +78,8 @@ def ours(folder: pathlib.Path, workers: int, **dataset) -> Iterator:
     """Batches of our loader with the recipe of GC ViT; `dataset` changes fields of that name."""
     config = gcvit_t.get_config()
     config.dataset.update(name="image_folder", path=str(folder), **dataset)
-    transform = TrainTransform.from_config(config, source_of(config.dataset, "train"))
+    settings = from_config(config)
+    transform = TrainTransform.from_config(settings, source_of(settings.dataset, "train"))
     return train_batches(transform, batch_size=BATCH_SIZE, seed=0, num_workers=workers)
 
 

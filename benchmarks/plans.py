@@ -14,20 +14,20 @@ entry says in how many parts it would (`--config.accumulation_steps`). Needs `pi
 
 import argparse
 import fnmatch
-import importlib
 import json
 import os
 import pathlib
 import sys
 from typing import Any
 
+import configs
 import hybrid_flax
 from hybrid_flax.costs import scaling
 from hybrid_flax.costs.plan_text import size
-from hybrid_flax.costs.step_plan import plan
 from hybrid_flax.costs.targets import Target, find_target, set_up
 from hybrid_flax.costs.timing import reason
 from hybrid_flax.errors import InputError
+from hybrid_flax.step_plan import plan
 from hybrid_flax.versions import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,29 +35,23 @@ RESULTS = ROOT / "benchmarks" / "results" / "plans.json"
 TABLE = ROOT / "docs" / "plans.md"
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x8")
 SCALED = ("gcvit_b", "ga_convnext_b", "glnet_16g", "l2vit_b", "unified_internimage_base")
-NOT_MODELS = ("__init__", "arguments", "finetune", "quickstart", "recipes")
 
 Entry = dict[str, Any]
 
 
-def configs(pattern: str = "*") -> list[str]:
-    """Names of the models' configs, small models first."""
-    names = {path.stem for path in (ROOT / "configs").glob("*.py")} - set(NOT_MODELS)
+def by_size(pattern: str = "*") -> list[str]:
+    """Lists the models' configs, small models first."""
 
     def cost(name: str):
-        info = hybrid_flax.model_info(get_config(name).model.name)
+        info = hybrid_flax.model_info(configs.load(name).model.name)
         return info.parameters * info.image_size**2, name
 
-    return sorted(fnmatch.filter(names, pattern), key=cost)
-
-
-def get_config(name: str):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return sorted(fnmatch.filter(configs.names(), pattern), key=cost)
 
 
 def entry(name: str, target: Target) -> Entry:
     """The plan of a config; what fails says why."""
-    config = get_config(name)
+    config = configs.load(name)
     key = {"config": name, "topology": target.name}
     try:
         found = plan(config, target, quick=True)
@@ -140,17 +134,17 @@ def table(entries: dict[tuple[str, str], Entry]) -> str:
     text = _HEAD
     for topology in TOPOLOGIES:
         text += f"\n## {topology}\n\n"
-        found = [entries[name, topology] for name in configs() if (name, topology) in entries]
+        found = [entries[name, topology] for name in by_size() if (name, topology) in entries]
         if found:
             text += (
                 "| config | images: all, per chip | state | temporary | at most | fits "
                 "| TFLOP a step | exchanged | kernels |\n|---|---|---|---|---|---|---|---|---|\n"
             )
             text += "".join(_row(entry) for entry in found)
-        missing = [name for name in configs() if (name, topology) not in entries]
+        missing = [name for name in by_size() if (name, topology) not in entries]
         if missing:
             text += (
-                f"\nNot compiled yet, {len(missing)} of {len(configs())}; `python -m "
+                f"\nNot compiled yet, {len(missing)} of {len(by_size())}; `python -m "
                 f"benchmarks.plans --topologies={topology}` does: {', '.join(missing)}.\n"
             )
     scaled = [
@@ -231,7 +225,7 @@ def main() -> int:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        for name in configs(options.configs):
+        for name in by_size(options.configs):
             kept = entries.get((name, topology))
             if kept and "failed" not in kept and not options.again:
                 continue

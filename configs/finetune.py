@@ -103,7 +103,7 @@ def _probe(config):
     config.optimizer.weight_decay = 0.0
     config.optimizer.decay_also = config.optimizer.decay_never = ()
     config.ema_decay = 0.0
-    config.loss = {"name": "softmax", "label_smoothing": 0.0}  # in evaluation all give logits
+    config.loss.label_smoothing = 0.0
     config.augment.auto_augment = ""
     config.augment.colour_jitter = (0.0,) * 4
     config.augment.erasing_probability = 0.0

@@ -8,135 +8,34 @@ those are is said here by `augment.mix_group` and `model.batch_norm_group`, so t
 same on any number of devices. Each group draws its own λ, coin and box.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from hybrid_flax import settings
 from hybrid_flax.models import registry
 
 
 def _imagenet(name: str, *, batch_size: int, learning_rate: float) -> ConfigDict:
-    """What all five papers share, and every field that a config has."""
+    """Gives every field its value as all five papers share it; docs/settings.md has them."""
     info = registry.model_info(name)
     crop = info.eval_transform
-    config = ConfigDict()
-    config.seed = 42
-    config.batch_size = batch_size  # over all devices and accumulation steps
-    config.accumulation_steps = 1
-    config.epochs = 300
-    # To fine-tune: the folder of a run or of a converted checkpoint, a released file, "pretrained".
-    config.init_from = ""
-    config.init_class_map = ""  # file of the rows of its classifier to keep, one per class
-
-    config.model = model = ConfigDict()
-    model.name = name
-    model.num_classes = 0  # 0: as many as the dataset has
-    model.image_size = info.image_size
-    model.dtype = "bfloat16"  # of the computation; parameters and optimizer are float32
-    model.drop_path = registry.model_variant(name).drop_path
-    model.eval_mode = False  # train as in evaluation: running statistics, no drop path
-    model.attention = "auto"  # or "pallas", "xla": pallas/*/choice.py
-    model.remat = "none"  # or "dots", "blocks": less memory, more work; weights/functions.py
-    model.batch_norm_group = 0  # images that share statistics in training; 0: a whole micro-batch
-    model.overrides = ConfigDict()  # other fields of the family's Variant
-
-    config.dataset = dataset = ConfigDict()
-    # A TFDS name, "image_folder", "list_files", "tar_shards", "hugging_face" or "digits".
-    dataset.name = "imagenet2012"
-    dataset.path = ""
-    dataset.train_split = "train"  # what the data calls it, or a part of it: "train[:90%]"
-    dataset.val_split = "val"
-    dataset.index = ""  # folder for the index of tar files; "": beside them
-    dataset.cache = False  # keep all files in memory, read once
-    # "fast" decodes a training photo at a fraction of its size where the crop is at least twice as
-    # large as the model's image. The papers did not, and few of ImageNet's photos are so large (5 %
-    # more images per second); for photos as cameras take them it is three times as fast.
-    dataset.decode = "exact"
-    dataset.mean = crop.mean
-    dataset.std = crop.std
-    dataset.num_workers = 8  # processes that prepare batches; 0: threads of this one
-    dataset.on_unreadable = "error"  # or "skip": leave the image out, and say so
-    dataset.label_maps = ""  # folder of label maps, for token labelling
-
-    config.augment = augment = ConfigDict()
-    augment.crop_scale = (0.08, 1.0)
-    augment.crop_ratio = (3 / 4, 4 / 3)
-    augment.interpolation = "bicubic"  # or "random": bilinear or bicubic
-    augment.flip = 0.5
-    augment.vertical_flip = 0.0
-    augment.auto_augment = "rand-m9-mstd0.5-inc1"  # data/policies.py has the others; "": none
-    augment.colour_jitter = (0.4, 0.4, 0.4, 0.0)  # only where auto_augment is "" or has 3a in it
-    augment.repeats = 1  # crops of an image in a batch: repeated augmentation
-    augment.mixup_alpha = 0.8
-    augment.cutmix_alpha = 1.0
-    augment.cutmix_probability = 0.5  # or else mixup
-    augment.mix_probability = 1.0  # of either
-    augment.mix_group = 128  # images that are mixed alike; 0: the whole batch
-    augment.mix_off_epoch = 0  # the first without mixing; 0: all have it
-    augment.erasing_probability = 0.25
-    augment.erase_before_mix = True  # False: mix whole pixel values first, so noise stays unmixed
-
-    config.loss = ConfigDict({"name": "softmax", "label_smoothing": 0.1})
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # or "lamb", "sgd", "lion", "adafactor"
-    optimizer.learning_rate = learning_rate
-    optimizer.learning_rate_for_batch = 0  # of so many images, scaled to others; 0: as it is
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.momentum = 0.9  # of sgd
-    optimizer.nesterov = False
-    optimizer.weight_decay = 0.05  # of parameters of rank 2 or more, and
-    optimizer.decay_also = ()  # of those whose path matches, but
-    optimizer.decay_never = ()  # not of these
-    optimizer.layer_decay = 1.0  # factor per layer, from the classifier down
-    optimizer.freeze = ()  # what does not learn, by path: (r"^(?!head/)",) is all but the head
-    optimizer.clip_norm = 5.0  # of all gradients together; 0: no clipping
-    optimizer.clip_value = 0.0  # of each number
-    optimizer.clip_adaptive = 0.0  # of a unit's gradient over its weights' norm, but the head's
-    config.ema_decay = 0.9999  # 0: no average
-    config.ema_warmup = False  # begin with (1 + step) / (10 + step) where that is less
-
-    config.schedule = schedule = ConfigDict()
-    schedule.name = "cosine"  # or "linear", "constant", "step", "onecycle"
-    schedule.warmup_epochs = 20.0
-    schedule.warmup_learning_rate = 0.0
-    schedule.min_learning_rate = 1e-6
-    schedule.decay_epochs = 300.0  # where the minimum is reached
-    schedule.decay_from_start = False  # or from the end of the warm-up
-    schedule.step_epochs = 30.0  # of "step": so often
-    schedule.step_factor = 0.1  # times this
-    schedule.warmup_reaches_peak = False
-    schedule.each_epoch = False  # change the rate only between epochs
-    schedule.lag_epochs = 0
-
-    config.eval = evaluation = ConfigDict()
-    evaluation.crop_fraction = crop.crop_fraction
-    evaluation.crop_mode = crop.crop_mode
-    evaluation.interpolation = crop.interpolation
-    evaluation.batch_size = 256
-    evaluation.every_epochs = 1
-
-    config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_steps = 500
-    checkpoint.keep = 3  # the newest, and besides
-    checkpoint.keep_every_steps = 0  # the multiples of this, which are saved too; 0: none
-    checkpoint.keep_best = 0  # so many of the best in evaluation, by averaged weights if there are
-    config.log_every_steps = 50
-    config.watchdog_seconds = 900.0  # without progress end with status 124; 0: wait for ever
-    # Of a step whose loss or gradients are not finite, which changes no weight: "stop", "skip" it,
-    # or "roll_back" to the last checkpoint and leave its batch out; at most so many times.
-    config.on_non_finite = "stop"
-    config.non_finite_limit = 10
-
-    config.mesh = mesh = ConfigDict()  # of devices; one size may be -1, the rest
-    mesh.data = -1  # splits the images
-    mesh.fsdp = 1  # splits the images, and the weights: distributed/shardings.py
-    mesh.tensor = 1  # splits MLPs, heads and classifiers
-    mesh.num_slices = 0  # slices of a TPU pod, side by side on data; 0: as many as there are
-    config.sharding = sharding = ConfigDict()  # of the training state: distributed/shardings.py
-    sharding.rules = ()  # (pattern, axes) to try before the rules there
-    sharding.optimizer_over_data = False  # split optimizer and average over data, too: ZeRO stage 1
-    return config.lock()
+    config = settings.Settings(
+        batch_size=batch_size,
+        model=settings.Model(
+            name=name,
+            image_size=info.image_size,
+            drop_path=registry.model_variant(name).drop_path,
+        ),
+        dataset=settings.Dataset(mean=crop.mean, std=crop.std),
+        optimizer=settings.Optimizer(learning_rate=learning_rate),
+        eval=settings.Eval(
+            crop_fraction=crop.crop_fraction,
+            crop_mode=crop.crop_mode,
+            interpolation=crop.interpolation,
+        ),
+    )
+    return ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def gcvit(name: str, *, batch_size: int, learning_rate: float = 5e-3) -> ConfigDict:
@@ -275,14 +174,6 @@ def glnet_token_labelling(name: str) -> ConfigDict:
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
     config.model.batch_norm_group = 128
-    config.loss = ConfigDict(
-        {
-            "name": "token_labelling",
-            "label_smoothing": 0.1,
-            "dense_weight": 0.5,
-            "transposed_crops": False,
-        }
-    )
     config.ema_decay = 0.0
     config.schedule.warmup_epochs = 5.0
     config.schedule.warmup_learning_rate = 1e-6
@@ -316,7 +207,6 @@ def gramian(name: str, *, learning_rate: float = 5e-3) -> ConfigDict:
     config.augment.mixup_alpha = 0.2
     config.augment.erasing_probability = 0.0
     config.augment.erase_before_mix = False
-    config.loss = ConfigDict({"name": "gramian", "label_smoothing": 0.1, "diversity": -0.8})
     config.optimizer.name = "lamb"
     config.optimizer.clip_norm = 1.0
     if name == "ga_vit_s":

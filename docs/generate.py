@@ -13,8 +13,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import configs
 import hybrid_flax
 from benchmarks import plans
+from hybrid_flax.models import registry
+from hybrid_flax.models.gramian.network import GramianNet
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
@@ -99,7 +102,7 @@ def _model(name: str, measured: dict[str, Any]) -> list[str]:
 def rows_of_recipes() -> dict[str, list[str]]:
     """Groups the configs by the row of docs/recipes.md that their docstrings name."""
     rows: dict[str, list[str]] = {}
-    for name in plans.configs():
+    for name in plans.by_size():
         text = (ROOT / "configs" / f"{name}.py").read_text()
         row = re.search(r'^Row "(.*)" of docs/recipes\.md', text, re.MULTILINE)
         if not row:
@@ -144,15 +147,24 @@ def regularisation() -> str:
     return table(head, _rows(_regularisation))
 
 
+def _loss(model: str) -> str:
+    """Names the loss that follows from what a model returns in training."""
+    if getattr(registry.model_variant(model), "token_labelling", False):
+        return "token labelling"
+    gramian = issubclass(registry.family_of(model).model, GramianNet)
+    return "gramian" if gramian else "cross entropy"
+
+
 def _regularisation(config) -> list[str]:
-    augment, by_tokens = config.augment, config.loss.name == "token_labelling"
+    augment, loss = config.augment, _loss(config.model.name)
+    by_tokens = loss == "token labelling"
     mixing = f"{augment.mixup_alpha:g}, {augment.cutmix_alpha:g}"
     return [
         f"{config.model.drop_path:g}",
         "none; MixToken" if by_tokens else mixing,
         f"{augment.erasing_probability:g}" if augment.erasing_probability else "none",
         {"random": "bilinear or bicubic"}.get(augment.interpolation, augment.interpolation),
-        {"softmax": "cross entropy"}.get(config.loss.name, config.loss.name.replace("_", " ")),
+        loss,
         "–" if by_tokens else str(augment.mix_group or "whole batch"),
         str(config.model.batch_norm_group or "whole batch"),
         str(augment.repeats),
@@ -163,7 +175,7 @@ def _rows(settings: Callable[[Any], list[str]]) -> list[list[str]]:
     """Makes a line of each row; where its configs differ, each value says whose it is."""
     lines = []
     for row, names in rows_of_recipes().items():
-        columns = zip(*(settings(plans.get_config(name)) for name in names), strict=True)
+        columns = zip(*(settings(configs.load(name)) for name in names), strict=True)
         cells = []
         for column in columns:
             users: dict[str, list[str]] = {}
@@ -192,8 +204,8 @@ def _short(who: list[str], names: list[str]) -> str:
 def decay() -> str:
     """Tabulates what decays besides kernels, and what does not besides biases and norms."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name in plans.configs():
-        config = plans.get_config(name)
+    for name in plans.by_size():
+        config = configs.load(name)
         model = bridge.abstract(lambda config=config: hybrid_flax.create_model(config.model.name))
         params = bridge.get_weights(model)["params"]
         kinds: dict[bool, set[str]] = {True: set(), False: set()}

@@ -1,31 +1,83 @@
-"""What a config asks to be run at every step: by `train.py`, or compiled by `plan.py`."""
+"""Builds what a config asks for: the model of a program, and what a run computes at every step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hybrid_flax.config import build_model
+from hybrid_flax import settings
+from hybrid_flax.costs.flops import training_flops
+from hybrid_flax.data.augmentation.policies import parse_policy
+from hybrid_flax.data.sources import EncodedSource, Source, source_of
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.errors import InputError
+from hybrid_flax.layers import group_batch_norms
+from hybrid_flax.models import registry
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
-from hybrid_flax.training.step import Shardings, State, make_train_step, new_state
+from hybrid_flax.training.step import (
+    Shardings,
+    State,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    weights_of,
+)
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.functions import as_training_function
+from hybrid_flax.weights.functions import as_function, as_training_function
+
+
+class Prepared(NamedTuple):
+    """What programs that run a model begin with."""
+
+    config: Settings  # with the number of classes
+    source: EncodedSource
+    mesh: Mesh
+    model: Backbone  # abstract
+
+
+def open_split(config: settings.Tree, split: str) -> tuple[Settings, EncodedSource]:
+    """Checks a config and opens a split, "train" or "val", of its dataset.
+
+    Returns:
+      (the settings, with the number of classes; the images of the split)
+
+    Raises:
+      InputError: a setting or the dataset cannot be used.
+    """
+    found = checked(config)
+    source = source_of(found.dataset, split)
+    return resolve_classes(found, source), source
+
+
+def prepare(config: settings.Tree, split: str) -> Prepared:
+    """Checks a config, opens a split of its dataset and builds its model, without weights.
+
+    Raises:
+      InputError: a setting or the dataset cannot be used.
+    """
+    found, source = open_split(config, split)
+    mesh = make_mesh(**vars(found.mesh))
+    return Prepared(found, source, mesh, _abstract_model(found))
 
 
 class Program(NamedTuple):
     """A training run without its data."""
 
-    model: nnx.Module  # abstract
-    train_step: Callable[..., Any]  # see `make_train_step`
-    begin: Callable[[Any], State]  # from initial weights to the state before the first step
+    train_step: jax.stages.Wrapped  # see `make_train_step`
+    eval_step: Callable[..., dict[str, jax.Array]]  # see `make_eval_step`
+    fresh: Callable[[], bridge.Weights]  # initial weights, from the seed
+    begin: Callable[[bridge.Weights], State]  # from them to the state before the first step
     state: State  # its shapes and dtypes
     shardings: State  # and where its arrays lie
+    flops: Callable[[], int]  # counts those of one training step
 
 
 class CompiledOnce:
@@ -35,24 +87,69 @@ class CompiledOnce:
     would compile again, minutes that nobody sees.
     """
 
-    def __init__(self, step: Any):
+    def __init__(self, step: jax.stages.Wrapped):
         self._step = step
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: jax.stages.Compiled | None = None
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
-            self._compiled = self._step.lower(*arguments).compile()
+            with jax.transfer_guard("allow"):  # constants of the program
+                self._compiled = self._step.lower(*arguments).compile()
         return self._compiled(*arguments)
 
 
-def training_program(
-    config: ml_collections.ConfigDict, mesh: Mesh, steps_per_epoch: int
-) -> Program:
+def checked(config: settings.Tree) -> Settings:
+    """Reads a config at a program's door: every value checked, and that its names are known.
+
+    Raises:
+      InputError: naming every field whose value cannot be used.
+    """
+    found = settings.from_config(config)
+    registry.model_info(found.model.name)
+    parse_policy(found.augment.auto_augment)
+    return found
+
+
+def resolve_classes(config: Settings, source: Source) -> Settings:
+    """Fills in `model.num_classes` where it is 0; InputError if too small for the dataset."""
+    count = config.model.num_classes or source.num_classes
+    if count < source.num_classes:
+        raise InputError(
+            f"--config.model.num_classes={count}, but dataset {config.dataset.name} has "
+            f"{source.num_classes} classes; leave it 0 for that number"
+        )
+    return settings.replace(config, {"model.num_classes": count})
+
+
+def build_model(config: Settings, *, rngs: nnx.Rngs) -> Backbone:
+    """Builds the model of settings whose number of classes is known."""
+    model = config.model
+    built = registry.create_model(
+        model.name,
+        num_classes=model.num_classes,
+        image_size=model.image_size,
+        dtype=jnp.dtype(model.dtype),
+        implementation=model.implementation,
+        rngs=rngs,
+        **{"drop_path": model.drop_path, **model.overrides},
+    )
+    if model.batch_norm_group and not group_batch_norms(built, model.batch_norm_group):
+        raise InputError(
+            f"--config.model.batch_norm_group={model.batch_norm_group}, but {model.name} has no "
+            "batch norms; use 0"
+        )
+    return built
+
+
+def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Program:
     """Builds the program of a checked config whose number of classes is known; compiles nothing."""
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    model = _abstract_model(config)
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, model.structure)
+
+    def fresh():
+        return bridge.get_weights(build_model(config, rngs=nnx.Rngs(config.seed)))
 
     def begin(weights):
         return new_state(weights, optimizer, config.ema_decay)
@@ -68,15 +165,24 @@ def training_program(
         mix_until=config.augment.mix_off_epoch * steps_per_epoch or None,
         shardings=shardings,
     )
-    return Program(model, train_step, begin, state, shardings.state)
+    where = weights_of(shardings.state)
+    eval_step = make_eval_step(as_function(model), config.dataset, mesh, where)
+
+    def flops():
+        return training_flops(model, config.model.image_size, config.batch_size)
+
+    return Program(train_step, eval_step, fresh, begin, state, shardings.state, flops)
 
 
-def _shardings(
-    state: State, config: ml_collections.ConfigDict, mesh: Mesh, structure: Structure
-) -> Shardings:
-    whole = state_shardings(state, mesh, structure, **config.sharding)
+def _abstract_model(config: Settings) -> Backbone:
+    return bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+
+
+def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:
+    options = vars(config.sharding)
+    whole = state_shardings(state, mesh, structure, **options)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)
     # Gradients lie where the optimizer's moments of the same parameters do.
-    moments = state_shardings({"opt_state": state["params"]}, mesh, structure, **config.sharding)
+    moments = state_shardings({"opt_state": state["params"]}, mesh, structure, **options)
     return Shardings(whole, moments["opt_state"])

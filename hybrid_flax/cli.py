@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax.settings import DROPPED, RENAMED, old_name
 from pallas.dispatch import UnservedShapeError
 
 
@@ -31,8 +32,12 @@ def run(
     Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
     stop.
     """
+    given = _in_present_names(sys.argv)
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/gcvit_b.py; fields: --config.optimizer.…=…"
+        "config",
+        None,
+        "Config file, such as configs/gcvit_b.py; fields: --config.optimizer.…=…",
+        sys_argv=given,
     )
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
     if in_parallel:
@@ -63,7 +68,22 @@ def run(
             _say(reason)
             processes.leave(1, reason)
 
-    app.run(program, flags_parser=_parse_flags)
+    app.run(program, argv=given, flags_parser=_parse_flags)
+
+
+def _in_present_names(arguments: list[str]) -> list[str]:
+    """Translates fields of --config that the version before this one called otherwise."""
+    present = []
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        name = flag.lstrip("-").removeprefix("config.")
+        if flag.startswith("-") and (name in RENAMED or name in DROPPED):
+            print(f"warning: {old_name(name)}", file=sys.stderr)
+            if name in RENAMED:
+                present.append(f"--config.{RENAMED[name]}{given}{value}")
+        else:
+            present.append(argument)
+    return present
 
 
 def _define_process_flags() -> None:

@@ -12,35 +12,30 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import nnx
 from jax.sharding import Mesh
 
 from hybrid_flax import cli
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.build import prepare
 from hybrid_flax.data.loader import eval_batches
-from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import local_rows, round_up, to_devices
-from hybrid_flax.distributed.mesh import make_mesh, replicated
-from hybrid_flax.distributed.processes import from_first
-from hybrid_flax.distributed.transfer import broadcast_from_first, put
-from hybrid_flax.run.checkpoint_files import check_same
-from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Settings
+from hybrid_flax.start import trained_weights
 from hybrid_flax.training.step import make_eval_step
-from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
-from hybrid_flax.weights.paths import flatten, unflatten_like
+
+Results = dict[str, dict[str, float]]  # {"val": {"top1": …}}
 
 
 def evaluate(
     eval_step: Callable,
     weights: dict[str, Any],
     transform: EvalTransform,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     mesh: Mesh,
     *,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]] | None:
+) -> Results | None:
     """Evaluates one or several sets of weights in one pass over the validation images.
 
     Args:
@@ -65,8 +60,8 @@ def evaluate(
         for batch in batches:
             if should_stop():
                 return None
-            batch = to_devices(batch, mesh)
-            results = {name: eval_step(each, batch) for name, each in weights.items()}
+            on_devices = to_devices(batch, mesh)
+            results = {name: eval_step(each, on_devices) for name, each in weights.items()}
             for name, result in jax.device_get(results).items():
                 for key, value in result.items():
                     sums[name][key] += float(value)
@@ -81,7 +76,7 @@ def evaluate(
     }
 
 
-def show_results(results: dict[str, dict[str, float]]) -> str:
+def show_results(results: Results) -> str:
     """The results as lines for a person."""
     kinds = {"val": "trained weights ", "val_ema": "averaged weights"}
     return "\n".join(
@@ -94,36 +89,19 @@ def show_results(results: dict[str, dict[str, float]]) -> str:
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Evaluates the newest intact checkpoint of a work directory and prints the result."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    mesh = make_mesh(**config.mesh)
-    source = source_of(config.dataset, "val")
-    resolve_classes(config, source)
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    template = bridge.get_weights(model)
-    like, loaded = flatten(template), {}
-
-    def newest() -> dict[str, Any]:
-        saved = load_weights(workdir)
-        loaded.update(val=saved.trained, val_ema=saved.averaged)
-        names = [name for name, arrays in loaded.items() if arrays]
-        for name in names:
-            check_same(loaded[name], like, f"the checkpoint in {workdir}")
-        return {"step": saved.step, "names": names}
-
-    found = from_first("read the checkpoint", newest)
-    weights = {}
-    for name in found["names"]:
-        tree = unflatten_like(template, broadcast_from_first(loaded.get(name), like))
-        weights[name] = put(tree, replicated(mesh))
+    prepared = prepare(config, "val")
+    settings, source, mesh, model = prepared
+    found = trained_weights(prepared, workdir)
+    averaged = {"val_ema": found.averaged} if found.averaged else {}
     results = evaluate(
-        make_eval_step(as_function(model), config, mesh),
-        weights,
-        EvalTransform.from_config(config, source),
-        config,
+        make_eval_step(as_function(model), settings.dataset, mesh),
+        {"val": found.trained, **averaged},
+        EvalTransform.from_config(settings, source),
+        settings,
         mesh,
     )
-    print(f"{config.model.name} at step {found['step']} of {workdir}, {config.dataset.name}:")
+    assert results is not None  # nobody asks it to stop
+    print(f"{settings.model.name} at step {found.step} of {workdir}, {settings.dataset.name}:")
     print(show_results(results))
     return 0
 

@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax import cli
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.build import prepare
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Source, source_of
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
-from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
+from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.models.structure import Structure
+from hybrid_flax.run.checkpoint_files import Arrays
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Dataset, Settings
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
@@ -37,9 +39,9 @@ _CHUNK = 256  # queries at a time
 
 
 def knn_predictions(
-    queries: Float[Array, "N D"],
-    bank: Float[Array, "M D"],
-    labels: Int[Array, "M"],
+    queries: Float[np.ndarray, "N D"],
+    bank: Float[np.ndarray, "M D"],
+    labels: Int[np.ndarray, "M"],
     num_classes: int,
     *,
     neighbours: int = NEIGHBOURS,
@@ -85,12 +87,12 @@ def pooled_features(apply, weights, images: Array) -> Float[Array, "B D"]:
     return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
 
 
-def make_feature_step(apply, config: ml_collections.ConfigDict, mesh: Mesh):
+def make_feature_step(apply, dataset: Dataset, mesh: Mesh):
     """Compiles `step(weights, uint8 images [B, H, W, 3]) → features of length 1 [B, D]`."""
 
     @on_mesh(mesh)
     def feature_step(weights, images):
-        images = normalise(images, config.dataset.mean, config.dataset.std)
+        images = normalise(images, dataset.mean, dataset.std)
         features = pooled_features(apply, weights, images)
         return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
@@ -102,7 +104,7 @@ def make_feature_step(apply, config: ml_collections.ConfigDict, mesh: Mesh):
 
 
 def extract(
-    feature_step, weights, source: Source, config: ml_collections.ConfigDict, mesh: Mesh
+    feature_step, weights, source: Source, config: Settings, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
     """(features, labels) of a source's readable images, in evaluation crops."""
     batches = eval_batches(
@@ -120,6 +122,16 @@ def extract(
     return np.concatenate(features), np.concatenate(labels)
 
 
+def _without_classifier(loaded: Arrays, like: Arrays, origin: str, structure: Structure) -> Arrays:
+    """The weights of the features, by path; zeros for the classifier, which is not used."""
+    loaded, body = (
+        {path: leaf for path, leaf in arrays.items() if not structure.is_classifier(path)}
+        for arrays in (loaded, like)
+    )
+    classifier = {p: np.zeros(like[p].shape, like[p].dtype) for p in like.keys() - body.keys()}
+    return adapt(loaded, body, origin, structure) | classifier
+
+
 def main(
     config: ml_collections.ConfigDict,
     workdir: str,
@@ -127,38 +139,27 @@ def main(
     temperature: float = TEMPERATURE,
 ) -> int:
     """Prints the top-1 accuracy of the validation images by the training images around them."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    mesh = make_mesh(**config.mesh)
-    train, val = (source_of(config.dataset, split) for split in ("train", "val"))
+    settings, train, mesh, model = prepare(config, "train")
+    val = source_of(settings.dataset, "val")
     _check(neighbours, temperature, len(train))  # before the minutes that features take
-    resolve_classes(config, train)
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    template = bridge.get_weights(model)
     loaded = load_weights(workdir)
-    # The classifier is not used, whatever stands there.
-    like = flatten(template)
-    unused = {path for path in like if model.structure.is_classifier(path)}
-    arrays, shapes = (
-        {path: leaf for path, leaf in leaves.items() if path not in unused}
-        for leaves in (loaded.averaged or loaded.trained, like)
-    )
-    fitted = adapt(arrays, shapes, f"the checkpoint in {workdir}", model.structure)
-    fitted |= {path: jnp.zeros(like[path].shape, like[path].dtype) for path in unused}
+    template = bridge.get_weights(model)
+    origin = f"the checkpoint in {workdir}"
+    fitted = _without_classifier(loaded.best, flatten(template), origin, model.structure)
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
-    feature_step = make_feature_step(as_function(model), config, mesh)
-    bank, bank_labels = extract(feature_step, weights, train, config, mesh)
-    queries, labels = extract(feature_step, weights, val, config, mesh)
+    feature_step = make_feature_step(as_function(model), settings.dataset, mesh)
+    bank, bank_labels = extract(feature_step, weights, train, settings, mesh)
+    queries, labels = extract(feature_step, weights, val, settings, mesh)
     predicted = knn_predictions(
         queries,
         bank,
         bank_labels,
-        config.model.num_classes,
+        settings.model.num_classes,
         neighbours=neighbours,
         temperature=temperature,
     )
     print(
-        f"{config.model.name} at step {loaded.step} of {workdir}, {config.dataset.name}:\n"
+        f"{settings.model.name} at step {loaded.step} of {workdir}, {settings.dataset.name}:\n"
         f"  {'averaged' if loaded.averaged else 'trained'} weights: top-1 "
         f"{100 * np.mean(predicted == labels):.2f} % of {len(labels)} images, by the {neighbours} "
         f"nearest of {len(bank)} training images"

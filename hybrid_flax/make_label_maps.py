@@ -18,52 +18,41 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hybrid_flax import cli
-from hybrid_flax.config import build_model, check, resolve_classes
+from hybrid_flax.build import prepare
 from hybrid_flax.data.label_maps import label_map_file
 from hybrid_flax.data.loader import eval_batches
-from hybrid_flax.data.sources import Subset, source_of
+from hybrid_flax.data.sources import Subset
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
-from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
+from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
-from hybrid_flax.run.checkpoint_files import check_same
-from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.settings import Dataset
+from hybrid_flax.start import trained_weights
 from hybrid_flax.training.batch_augmentation import normalise
-from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
-from hybrid_flax.weights.paths import flatten, unflatten_like
 
 HIGHEST = 5
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
     """Writes a map for every training image that has none."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    mesh = make_mesh(**config.mesh)
-    source = source_of(config.dataset, "train")
-    resolve_classes(config, source)
-    if config.model.num_classes > 2048:
+    prepared = prepare(config, "train")
+    settings, source, mesh, model = prepared
+    if settings.model.num_classes > 2048:
         raise InputError(
-            f"{config.model.num_classes} classes: label maps hold them as float16, which is exact "
-            "up to 2048. Annotate with a model of fewer"
+            f"{settings.model.num_classes} classes: label maps hold them as float16, which is "
+            "exact up to 2048. Annotate with a model of fewer"
         )
-    model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    if not hasattr(model, "dense_logits"):
+    if not model.dense_map:
         raise InputError(
-            f"{config.model.name} cannot annotate: its classifier reads the whole map, not places. "
-            "Take a GC ViT, L2ViT, GLNet or unified model"
+            f"{settings.model.name} cannot annotate: its classifier reads the whole map, not "
+            "places. Take a GC ViT, L2ViT, GLNet or unified model"
         )
-    template = bridge.get_weights(model)
-    loaded = load_weights(workdir)
-    arrays = loaded.averaged or loaded.trained
-    check_same(arrays, flatten(template), f"the checkpoint in {workdir}")
-    weights = jax.device_put(unflatten_like(template, arrays), replicated(mesh))
-
+    weights = trained_weights(prepared, workdir).best
     files = [label_map_file(out, source.name(index)) for index in range(len(source))]
     if len(set(files)) < len(files):
         raise InputError(
@@ -72,11 +61,11 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
         )
     missing = [index for index, file in enumerate(files) if not os.path.exists(file)]
     print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
-    annotate = _annotating_step(as_function(model), config, mesh)
+    annotate = _annotating_step(as_function(model), settings.dataset, mesh)
     batches = eval_batches(
-        EvalTransform.from_config(config, Subset(source, missing)),
-        batch_size=round_up(config.eval.batch_size, mesh),
-        num_workers=config.dataset.num_workers,
+        EvalTransform.from_config(settings, Subset(source, missing)),
+        batch_size=round_up(settings.eval.batch_size, mesh),
+        num_workers=settings.dataset.num_workers,
     )
     with contextlib.closing(batches), tqdm(total=len(missing), unit="image") as bar:
         for batch in batches:
@@ -89,12 +78,12 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
     return 0
 
 
-def _annotating_step(apply, config: ml_collections.ConfigDict, mesh):
+def _annotating_step(apply, dataset: Dataset, mesh: Mesh):
     """Compiles `step(weights, uint8 images [B, H, W, 3]) → float16 [B, 2, K, h, w]`."""
 
     @on_mesh(mesh)
     def step(weights, images):
-        images = normalise(images, config.dataset.mean, config.dataset.std)
+        images = normalise(images, dataset.mean, dataset.std)
         logits = apply(weights, images, method="dense_logits")
         highest, classes = jax.lax.top_k(logits, min(HIGHEST, logits.shape[-1]))
         maps = jnp.stack([highest.astype(jnp.float16), classes.astype(jnp.float16)], axis=1)

@@ -20,9 +20,9 @@ from absl import flags
 from hybrid_flax import cli
 from hybrid_flax.costs import scaling
 from hybrid_flax.costs.plan_text import show, show_scaling
-from hybrid_flax.costs.step_plan import largest_batch, plan
 from hybrid_flax.costs.targets import EXAMPLES, find_target, set_up
 from hybrid_flax.errors import InputError
+from hybrid_flax.step_plan import largest_batch, plan
 
 
 def main(config: ml_collections.ConfigDict, options) -> int:

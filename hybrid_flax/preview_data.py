@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hybrid_flax import cli
-from hybrid_flax.config import check, resolve_classes
+from hybrid_flax.build import open_split
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 from hybrid_flax.data.loader import train_batches
-from hybrid_flax.data.sources import EncodedSource, source_of
+from hybrid_flax.data.sources import EncodedSource
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Settings
 
 _COLUMNS, _ROWS, _TILE, _CAPTION = 8, 5, 160, 14  # of the picture; the last two in pixels
 _SAMPLE = 500  # images whose sizes are looked at
@@ -43,24 +44,21 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     Raises:
       InputError: the config or the data cannot be used.
     """
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    source = source_of(config.dataset, "train")
-    resolve_classes(config, source)
-    transform = TrainTransform.from_config(config, source)
+    settings, source = open_split(config, "train")
+    transform = TrainTransform.from_config(settings, source)
     file = os.path.join(folder, "inspect.png")
     try:
         os.makedirs(folder, exist_ok=True)
-        _picture(transform, config.seed).save(file)
+        _picture(transform, settings.seed).save(file)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from error
     sample = np.random.default_rng(0).permutation(len(source))
     return [
-        f"{config.dataset.name}: {len(source):,} training images, {source.num_classes} classes; "
+        f"{settings.dataset.name}: {len(source):,} training images, {source.num_classes} classes; "
         f"augmented images are in {file}",
         _class_counts(source, sample),
-        *_sizes(source, sample[:_SAMPLE], config.model.image_size),
-        *_speed(transform, sample, config, seconds),
+        *_sizes(source, sample[:_SAMPLE], settings.model.image_size),
+        *_speed(transform, sample, settings, seconds),
     ]
 
 
@@ -97,8 +95,8 @@ def _class_counts(source: EncodedSource, sample: np.ndarray) -> str:
     names = source.class_names or list(map(str, range(source.num_classes)))
     line = (
         f"images per class{whole}: {counts.min()} to {counts.max()}, median "
-        f"{np.median(counts):g}; fewest in {names[counts.argmin()]}, most in "
-        f"{names[counts.argmax()]}"
+        f"{np.median(counts):g}; fewest in {names[int(counts.argmin())]}, "
+        f"most in {names[int(counts.argmax())]}"
     )
     if len(empty):
         shown = ", ".join(names[label] for label in empty[:5])
@@ -131,7 +129,7 @@ def _sizes(source: EncodedSource, sample: np.ndarray, image_size: int) -> list[s
 
 
 def _speed(
-    transform: TrainTransform, sample: np.ndarray, config: ml_collections.ConfigDict, seconds: float
+    transform: TrainTransform, sample: np.ndarray, config: Settings, seconds: float
 ) -> list[str]:
     """The loader's images per second, and what one image costs in one process, stage by stage."""
     workers = config.dataset.num_workers
@@ -148,10 +146,11 @@ def _speed(
 
     stages = _stages(transform, sample[:_PROFILED])
     alone = sum(stages.values())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     side_by_side = max(1, min(workers, cores))
     stages["batch and transfer"] = max(0.0, side_by_side / speed - alone)
-    limit = max(stages, key=stages.get)
+    limit = max(stages, key=stages.__getitem__)
     return [
         f"the loader: {speed:,.0f} images/s with {workers} processes on {cores} cores",
         "one image in one process: "
@@ -177,7 +176,7 @@ def _stages(transform: TrainTransform, sample: np.ndarray) -> dict[str, float]:
     indices = itertools.islice(itertools.cycle(sample), _PROFILED)
     for index in indices:
         profile.runcall(transform, int(index), np.random.default_rng(int(index)))
-    stats = pstats.Stats(profile).stats
+    stats: dict = vars(pstats.Stats(profile))["stats"]
 
     def spent(function: Callable) -> float:
         code = function.__code__
@@ -186,7 +185,7 @@ def _stages(transform: TrainTransform, sample: np.ndarray) -> dict[str, float]:
         )
         return cumulative / _PROFILED
 
-    read = spent(type(transform.source).read)
+    read = spent(type(transform.source).read)  # type: ignore[attr-defined]  # of encoded ones
     decode = spent(rgb)
     crop = spent(random_resized_crop) - decode
     rest = spent(type(transform).__call__) - read - decode - crop

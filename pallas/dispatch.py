@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core
-import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
@@ -136,7 +135,9 @@ class Argument(NamedTuple):
 
     def spec(self, batch_axes, heads_axis) -> PartitionSpec:
         axes = {self.batch: batch_axes, self.heads: heads_axis}
-        return PartitionSpec(*(axes.get(axis) for axis in range(np.ndim(self.array))))
+        return PartitionSpec(
+            *(axes.get(axis) for axis in range(0 if self.array is None else self.array.ndim))
+        )
 
 
 def run(

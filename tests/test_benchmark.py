@@ -18,9 +18,10 @@ from benchmarks import depthwise, operation
 from benchmarks import window_attention as windows
 from hybrid_flax import benchmark
 from hybrid_flax.costs import chips, timing
-from hybrid_flax.costs.subjects import Subject, describe, recipe
+from hybrid_flax.costs.subjects import Subject, describe
 from hybrid_flax.models import l2vit
-from hybrid_flax.training.losses import loss_for, make_loss
+from hybrid_flax.settings import Loss
+from hybrid_flax.training.losses import make_loss
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
 from pallas.window_attention import window_attention
@@ -426,7 +427,7 @@ def test_every_model_has_a_loss(outputs):
         }
     else:
         outputs = jnp.ones(outputs)
-    loss = make_loss(recipe(loss_for(outputs)).loss)(outputs, jnp.full((4, 1000), 1e-3))
+    loss = make_loss(Loss())(outputs, jnp.full((4, 1000), 1e-3))
     assert np.isfinite(loss)
 
 

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from hybrid_flax import evaluate
-from hybrid_flax.config import build_model
+from hybrid_flax.build import build_model
 from hybrid_flax.data.sources import open_source
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.mesh import make_mesh
@@ -17,16 +17,16 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def weights():
-    config = tiny.get_config(model__num_classes=10)
+    config = tiny.settings(model__num_classes=10)
     return jax.jit(lambda: bridge.get_weights(build_model(config, rngs=nnx.Rngs(3))))()
 
 
 def results(weights, devices, batch_size, source=None):
-    config = tiny.get_config(model__num_classes=10, eval__batch_size=batch_size)
+    config = tiny.settings(model__num_classes=10, eval__batch_size=batch_size)
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
     transform = EvalTransform.from_config(config, source or open_source("digits", "", "val"))
-    step = make_eval_step(as_function(model), config, mesh)
+    step = make_eval_step(as_function(model), config.dataset, mesh)
     weights = jax.device_get(weights)
     return evaluate.evaluate(step, {"val": weights}, transform, config, mesh)["val"]
 
@@ -43,10 +43,10 @@ def test_every_image_counts_once_whatever_the_batch_and_the_devices(weights):
 
 def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
     other = jax.tree.map(lambda leaf: leaf * 0.5, weights)
-    config = tiny.get_config(model__num_classes=10)
+    config = tiny.settings(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
-    step = make_eval_step(as_function(model), config, mesh)
+    step = make_eval_step(as_function(model), config.dataset, mesh)
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
     both = evaluate.evaluate(step, {"val": weights, "val_ema": other}, transform, config, mesh)
     assert both["val"]["loss"] != both["val_ema"]["loss"]
@@ -59,7 +59,7 @@ def test_both_sets_of_weights_are_evaluated_in_one_pass(weights):
 
 
 def test_evaluation_can_be_interrupted(weights):
-    config = tiny.get_config(model__num_classes=10)
+    config = tiny.settings(model__num_classes=10)
     mesh = make_mesh(jax.devices()[:1])
     transform = EvalTransform.from_config(config, open_source("digits", "", "val"))
     stopped = evaluate.evaluate(

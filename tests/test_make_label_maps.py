@@ -8,9 +8,10 @@ from flax import nnx
 from PIL import Image
 
 import hybrid_flax.make_label_maps
-from hybrid_flax.config import build_model
+from hybrid_flax.build import build_model
 from hybrid_flax.data.images import eval_crop
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.settings import from_config
 from hybrid_flax.train import train
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
@@ -36,7 +37,7 @@ def folder(tmp_path):
 def annotated(folder):
     """(config of the annotating model, the folder of its maps, the model)"""
     config = tiny.get_config(dataset__path=str(folder), eval__batch_size=4, **MODEL)
-    model = build_model(config, rngs=nnx.Rngs(0))
+    model = build_model(from_config(config), rngs=nnx.Rngs(0))
     weights = bridge.get_weights(model)
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
     checkpoints.save(0, weights, {"model": config.model.name})
@@ -78,12 +79,6 @@ def tklb(folder, maps, **overrides):
         augment__mixup_alpha=0.0,
         augment__cutmix_alpha=0.0,
         batch_size=16,
-        loss={
-            "name": "token_labelling",
-            "label_smoothing": 0.1,
-            "dense_weight": 0.5,
-            "transposed_crops": False,
-        },
         **MODEL | overrides,
     )
     with config.unlocked():
@@ -102,7 +97,6 @@ def test_a_token_labelled_model_trains_with_the_maps(annotated, folder):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"loss__name": "softmax"}, "loss 'softmax' does not use them; take configs/glnet_4g_"),
         ({"augment__mixup_alpha": 0.8}, "are mixed inside the model; set --config.augment.mixup"),
         ({"dataset__name": "digits", "model__num_classes": 0}, "image digit 0 has no label map"),
         ({"dataset__label_maps": "nowhere"}, "label_maps=nowhere: there is no such folder"),

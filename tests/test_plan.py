@@ -12,12 +12,13 @@ import jax
 import pytest
 
 from hybrid_flax import plan as planning
-from hybrid_flax.costs import compile_only, step_plan, targets
+from hybrid_flax import step_plan
+from hybrid_flax.costs import compile_only, targets
 from hybrid_flax.costs.hlo_text import gathered
 from hybrid_flax.costs.plan_text import show
-from hybrid_flax.costs.step_plan import largest_batch, lower, lower_for, plan
 from hybrid_flax.costs.targets import Target, find_target
 from hybrid_flax.errors import InputError
+from hybrid_flax.step_plan import largest_batch, lower, lower_for, plan
 from tests import tiny
 
 HERE = Target("here:8", "v5e", "cpu", jax.devices())

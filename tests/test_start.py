@@ -11,6 +11,7 @@ import convert
 from hybrid_flax import start
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.settings import from_config
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
 from tests import reference, tiny
@@ -44,7 +45,7 @@ def fresh_weights(monkeypatch):
 
 
 def started(**changes):
-    config = tiny.gcvit(**{"model__num_classes": 3, **changes})
+    config = from_config(tiny.gcvit(**{"model__num_classes": 3, **changes}))
     return start.initial_weights(config, make_mesh(jax.devices()[:1]))["params"]
 
 

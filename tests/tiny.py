@@ -17,6 +17,7 @@ import ml_collections
 import hybrid_flax.train
 from configs import quickstart
 from hybrid_flax import build
+from hybrid_flax.settings import Settings, from_config
 
 
 def get_config(**overrides) -> ml_collections.ConfigDict:
@@ -51,6 +52,11 @@ def get_config(**overrides) -> ml_collections.ConfigDict:
         {name.replace("__", "."): value for name, value in overrides.items()}
     )
     return config
+
+
+def settings(**overrides) -> Settings:
+    """The same, checked."""
+    return from_config(get_config(**overrides))
 
 
 def gcvit(**overrides) -> ml_collections.ConfigDict:

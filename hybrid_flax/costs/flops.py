@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.extend import core
 
+from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
 
@@ -31,7 +31,7 @@ def count_multiply_adds(function: Callable, *arguments) -> int:
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def training_flops(model: nnx.Module, image_size: int, batch_size: int) -> int:
+def training_flops(model: Backbone, image_size: int, batch_size: int) -> int:
     """Counts one training step: three forward passes, two FLOPs for each multiply-add.
 
     Args:

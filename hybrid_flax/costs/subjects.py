@@ -1,9 +1,8 @@
-"""A model of ours as `hybrid_flax.benchmark` times it: its inference and its training step."""
+"""One of our models as `hybrid_flax.benchmark` times it: its inference and its training step."""
 
 import collections
 import functools
 from collections.abc import Hashable
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.models import registry
-from hybrid_flax.training.losses import loss_for
+from hybrid_flax.settings import Augment, Loss, Model, Optimizer, Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
 from hybrid_flax.weights import bridge
@@ -28,47 +27,6 @@ from pallas.window_attention.geometry import Windows
 
 CLASSES = 1000
 SMOOTHING, WEIGHT_DECAY, LEARNING_RATE = 0.1, 0.05, 1e-4  # ours and theirs
-
-
-def recipe(loss: str) -> SimpleNamespace:
-    """Makes what the training step reads of a config, with the extras of recipes off."""
-    return SimpleNamespace(
-        seed=0,
-        accumulation_steps=1,
-        ema_decay=0.0,
-        model=SimpleNamespace(num_classes=CLASSES, eval_mode=False),
-        dataset=SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
-        augment=SimpleNamespace(
-            mixup_alpha=0.0,
-            cutmix_alpha=0.0,
-            cutmix_probability=0.0,
-            mix_probability=0.0,
-            mix_group=0,
-            erasing_probability=0.0,
-            erase_before_mix=False,
-        ),
-        loss=SimpleNamespace(
-            name=loss,
-            label_smoothing=SMOOTHING,
-            diversity=-0.8,
-            dense_weight=0.5,
-            transposed_crops=False,
-        ),
-        optimizer=SimpleNamespace(
-            name="adamw",
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=WEIGHT_DECAY,
-            decay_also=(),
-            decay_never=(),
-            layer_decay=1.0,
-            freeze=(),
-            clip_adaptive=0.0,
-            clip_value=0.0,
-            clip_norm=0.0,
-        ),
-    )
 
 
 class Subject:
@@ -83,27 +41,41 @@ class Subject:
     """
 
     def __init__(self, label: str, name: str, *, image_size: int | None, dtype: str, **overrides):
-        self.label = label
+        self.label, self._name = label, name
         self.dtype = jnp.dtype(dtype)
         self.side = image_size or registry.model_info(name).image_size
         self._create = functools.partial(
             registry.create_model,
             name,
             num_classes=CLASSES,
-            rngs=None,
             image_size=self.side,
             dtype=self.dtype,
+            rngs=None,
             **overrides,
         )
         self._model = bridge.abstract(self._create)
         self._weights = bridge.get_weights(self._model)  # shapes
+
+    def settings(self, batch: int) -> Settings:
+        """Gives a plain recipe: no mixing, no erasing, no clipping, no average."""
+        return Settings(
+            seed=0,
+            batch_size=batch,
+            ema_decay=0.0,
+            model=Model(name=self._name, num_classes=CLASSES, image_size=self.side, drop_path=0.0),
+            augment=Augment(mixup_alpha=0.0, cutmix_alpha=0.0, erasing_probability=0.0),
+            loss=Loss(label_smoothing=SMOOTHING),
+            optimizer=Optimizer(
+                learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_norm=0.0
+            ),
+        )
 
     def parameters(self) -> int:
         """Counts the numbers that are trained."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._weights["params"]))
 
     def multiply_adds(self) -> int:
-        """Counts the multiply-adds of one image in the program."""
+        """Counts multiply-adds of one image in the program."""
         apply = as_function(self._model)
         return count_multiply_adds(apply, self._weights, self._images(1))
 
@@ -162,9 +134,7 @@ class Subject:
     def _training(self, batch: int, repeats: int):
         mesh = make_mesh(jax.devices()[:1])
         apply = as_training_function(self._model)
-        train = functools.partial(apply, train=True, key=jax.random.key(0))
-        outputs, _ = jax.eval_shape(train, self._weights, self._images(batch))
-        settings, schedule = recipe(loss_for(outputs)), optax.constant_schedule(LEARNING_RATE)
+        settings, schedule = self.settings(batch), optax.constant_schedule(LEARNING_RATE)
         optimizer = make_optimizer(settings.optimizer, schedule, self._model.structure)
         step = make_train_step(apply, optimizer, schedule, settings, mesh)
 

@@ -23,7 +23,7 @@ class UnreadableImageError(InputError):
 
 
 def pillow_filter(interpolation: str) -> Image.Resampling:
-    """The Pillow filter of that name; ValueError with the choices for an unknown one."""
+    """Finds the Pillow filter of that name; InputError with the choices for an unknown one."""
     if interpolation not in FILTERS:
         raise InputError(
             f"unknown interpolation {interpolation!r}; choose one of {', '.join(FILTERS)}"
@@ -50,7 +50,8 @@ def open_photo(data: bytes, name: str) -> Image.Image:
         raise UnreadableImageError(
             f"cannot read image {name} ({len(data)} bytes): {error}"
         ) from error
-    photo.filename, photo.encoded = name, data  # for messages, and to decode only a part
+    photo.filename = name  # for messages
+    vars(photo)["encoded"] = data  # to decode only a part
     return photo
 
 
@@ -80,7 +81,7 @@ def eval_crop(
     crop_mode: str = "center",
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """The crop that published accuracies are measured on, as timm and torchvision cut it.
+    """Cuts the crop that published accuracies are measured on, as timm and torchvision do.
 
     Args:
       photo: a Pillow image of any mode; converted to RGB.
@@ -126,7 +127,7 @@ def random_resized_crop(
     *,
     fast: bool = False,
 ) -> tuple[Image.Image, Box]:
-    """A random part of the photo, resized to image_size × image_size (Szegedy et al., 2015).
+    """Takes a random part of the photo, resized to image_size × image_size (Szegedy et al., 2015).
 
     Ten tries for an area uniform in `scale` (fractions of the photo's area) with an aspect ratio
     log-uniform in `ratio` that fits; failing that, the middle of the photo at the nearest ratio
@@ -158,22 +159,25 @@ def random_resized_crop(
     size, resample = (image_size, image_size), pillow_filter(interpolation)
     if factor == 1:
         return photo.crop(box).resize(size, resample), box
-    return photo.resize(size, resample, tuple(side / factor for side in box)), box
+    x0, y0, x1, y1 = (side / factor for side in box)
+    return photo.resize(size, resample, (x0, y0, x1, y1)), box
 
 
 def _decode_part(photo: Image.Image, box: Box, enough: int | None) -> tuple[Image.Image, int]:
-    """(RGB with at least that part of the photo, by which factor it is reduced).
+    """Decodes at least a part: (RGB, by which factor it is reduced).
 
     Args:
       enough: the sides of the part may be reduced to this, in pixels; None: not at all.
     """
-    if photo.format != "JPEG" or getattr(photo, "encoded", None) is None:
+    encoded = getattr(photo, "encoded", None)
+    if photo.format != "JPEG" or encoded is None:
         return rgb(photo), 1
     width, height = photo.size
     # Rows below the part are not decoded; some more than needed, for the filter of the colours.
     rows = min(-(-box[3] // 16) * 16 + 16, height)
     if rows < height:
-        photo = open_photo(_with_height(photo.encoded, rows), photo.filename)
+        name = getattr(photo, "filename", "")
+        photo = open_photo(_with_height(encoded, rows), name)
     factor = 1
     if enough:
         shorter = min(box[2] - box[0], box[3] - box[1])
@@ -183,7 +187,7 @@ def _decode_part(photo: Image.Image, box: Box, enough: int | None) -> tuple[Imag
 
 
 def _with_height(jpeg: bytes, rows: int) -> bytes:
-    """A sequential JPEG whose head says that it has only so many rows; others as they are.
+    """Makes a sequential JPEG say that it has only so many rows; others stay as they are.
 
     The decoder stops after these. So it would not notice that a file is cut off further down: one
     without an end marker is left as it is, too.

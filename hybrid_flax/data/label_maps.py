@@ -16,7 +16,7 @@ from hybrid_flax.errors import InputError
 
 
 def label_map_file(root: str, image: str) -> str:
-    """Where the map of an image lies, given the image's file name or its name in an archive."""
+    """Finds where an image's map lies, by the image's file name or its name in an archive."""
     folder, stem = os.path.split(image.replace(":", "/"))
     return os.path.join(root, os.path.basename(folder), stem.split(".")[0] + ".pt")
 

@@ -6,7 +6,8 @@ processes changes nothing.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -14,6 +15,16 @@ import numpy as np
 from hybrid_flax.data.order import RowsOfBatches, batches_per_epoch, image_order
 from hybrid_flax.data.transforms import Batch, EvalTransform, TrainTransform
 from hybrid_flax.data.workers import read_ahead
+
+
+class Batches(Protocol):
+    """An iterator of batches; closing it ends the threads or processes that prepare them."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
 
 
 def train_batches(
@@ -26,8 +37,8 @@ def train_batches(
     repeats: int = 1,
     group: int = 0,
     rows: np.ndarray | None = None,
-) -> Iterator[Batch]:
-    """Endless training batches from step `start_step` on.
+) -> Batches:
+    """Reads training batches without end, from step `start_step` on.
 
     Every epoch is a new permutation of the source; images that do not fill a batch are left out of
     that epoch. With `repeats` an epoch has as many batches, of a part of the source: each image
@@ -49,15 +60,15 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
     rows: np.ndarray | None = None,
-) -> Iterator[Batch]:
-    """Every image of the source once, in order, as batches that all have `batch_size` rows.
+) -> Generator[Batch, None, None]:
+    """Reads every image of the source once, in order, as batches that all have `batch_size` rows.
 
     The last one is filled up with zero images whose `mask` is 0. With `rows` only these rows of
     each batch are read. Yields `image` uint8 [B, H, W, 3], `label` and `index` int32 [B], `mask`
     float32 [B].
     """
-    batches = -(-len(transform.source) // batch_size)
-    images = grain.MapDataset.range(batches * batch_size).map(transform)
+    count = -(-len(transform.source) // batch_size)
+    images = grain.MapDataset.range(count * batch_size).map(transform)
     rows = np.arange(batch_size) if rows is None else rows
     dataset = RowsOfBatches(images, batch_size, rows).batch(len(rows))
     with contextlib.closing(iter(read_ahead(dataset, num_workers))) as batches:

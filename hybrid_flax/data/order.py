@@ -36,7 +36,7 @@ def image_order(
 
 
 class RowsOfBatches(grain.MapDataset):
-    """Of every whole batch of the parent's elements only these rows, one after the other."""
+    """Picks these rows of every whole batch of the parent's elements, one after the other."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)

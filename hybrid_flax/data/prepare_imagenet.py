@@ -30,7 +30,7 @@ from hybrid_flax.errors import InputError
 
 
 class Split(NamedTuple):
-    """What a tar file has to hold, and in how many files it is stored."""
+    """The contents that a tar file has to have, and in how many files it is stored."""
 
     name: str
     images: int
@@ -42,7 +42,7 @@ _ORDER_SEED = 0
 
 
 class _Images(NamedTuple):
-    """Where the images of a tar file lie, in their order in it."""
+    """The places of the images of a tar file, in their order in it."""
 
     offset: np.ndarray
     size: np.ndarray
@@ -76,16 +76,16 @@ def prepare(
     except OSError as error:
         raise InputError(f"--out={out}: cannot be written: {error.strerror}") from error
 
-    splits = [split for split in splits if split.name in tars]
+    given = [split for split in splits if split.name in tars]
     found = {}
-    for split in splits:  # both are checked before anything is written
+    for split in given:  # both are checked before anything is written
         images = _index(split, tars[split.name], unfinished, builder.info.features["label"])
         _check(split, images, tars[split.name], num_classes)
         found[split.name] = images
     _check_space(folder, sum(int(images.size.sum()) for images in found.values()))
 
     infos = dict(builder.info.splits)  # of another time, when the other tar file was given
-    for split in splits:
+    for split in given:
         with open(tars[split.name], "rb") as tar:
             infos[split.name] = _write(split, found[split.name], tar.fileno(), builder, folder)
     builder.info.set_splits(tfds.core.SplitDict(list(infos.values())))

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 
 import cloudpickle
-import ml_collections
 import numpy as np
 from PIL import Image
 
@@ -24,12 +23,15 @@ from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resi
 from hybrid_flax.data.label_maps import LabelMaps, move
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Dataset, Settings
 
+Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]
 
 _SUBSTITUTES = 50  # neighbours tried for an unreadable training image
 
 
+@dataclasses.dataclass(frozen=True)
 class _SentAsFile:
     """A dataclass whose pickle is the name of a file that holds it, as worker processes get it.
 
@@ -78,28 +80,32 @@ class TrainTransform(_SentAsFile):
     label_maps: LabelMaps | None = None
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "TrainTransform":
-        augment = config.augment
+    def from_config(cls, config: Settings, source: Source) -> "TrainTransform":
+        """Makes the transform that the settings ask for.
+
+        Raises InputError for a policy that is not understood, or label maps that cannot be read.
+        """
+        augment, dataset = config.augment, config.dataset
         return cls(
-            source,
-            config.model.image_size,
-            augment.crop_scale,
-            augment.crop_ratio,
-            augment.interpolation,
-            augment.flip,
-            parse_policy(augment.auto_augment, augment.colour_jitter),
-            fill_colour(config.dataset.mean),
-            config.dataset.on_unreadable == "skip",
-            augment.vertical_flip,
-            fast_decode=config.dataset.decode == "fast",
-            label_maps=_open_label_maps(config, source),
+            source=source,
+            image_size=config.model.image_size,
+            crop_scale=augment.crop_scale,
+            crop_ratio=augment.crop_ratio,
+            interpolation=augment.interpolation,
+            flip=augment.flip,
+            vertical_flip=augment.vertical_flip,
+            policy=parse_policy(augment.auto_augment, augment.colour_jitter),
+            fill=fill_colour(dataset.mean),
+            skip_unreadable=dataset.on_unreadable == "skip",
+            fast_decode=dataset.decode == "fast",
+            label_maps=_open_label_maps(dataset, source),
         )
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
         if self.label_maps is None:
             found, photo, label = self._read(int(index), lambda photo: self._crop(photo, rng)[0])
             photo = apply_operations(photo, self._draw(rng), fill=self.fill)
-            labels = {}
+            labels: dict[str, np.ndarray] = {}
         else:
             found, photo, label = self._read(int(index))
             label_map, operations = self.label_maps.read(self.source.name(found)), self._draw(rng)
@@ -160,8 +166,8 @@ class TrainTransform(_SentAsFile):
         )
 
 
-def _open_label_maps(config: ml_collections.ConfigDict, source: Source) -> LabelMaps | None:
-    root = config.dataset.label_maps
+def _open_label_maps(dataset: Dataset, source: Source) -> LabelMaps | None:
+    root = dataset.label_maps
     return LabelMaps.open(root, source.num_classes, source.name(0)) if root else None
 
 
@@ -180,18 +186,18 @@ class EvalTransform(_SentAsFile):
     skip_unreadable: bool
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, source: Source) -> "EvalTransform":
-        crop = config.eval
+    def from_config(cls, config: Settings, source: Source) -> "EvalTransform":
+        """Makes the transform that the settings ask for."""
         return cls(
-            source,
-            config.model.image_size,
-            crop.crop_fraction,
-            crop.crop_mode,
-            crop.interpolation,
-            config.dataset.on_unreadable == "skip",
+            source=source,
+            image_size=config.model.image_size,
+            crop_fraction=config.eval.crop_fraction,
+            crop_mode=config.eval.crop_mode,
+            interpolation=config.eval.interpolation,
+            skip_unreadable=config.dataset.on_unreadable == "skip",
         )
 
-    def __call__(self, index: int) -> Batch:
+    def __call__(self, index: int) -> Example:
         if index >= len(self.source):
             return self._nothing(0)
         try:
@@ -212,10 +218,13 @@ class EvalTransform(_SentAsFile):
             "mask": np.float32(1),
         }
 
-    def _nothing(self, index: int) -> Batch:
-        image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        zero = {"label": np.int32(0), "index": np.int32(index), "mask": np.float32(0)}
-        return {"image": image} | zero
+    def _nothing(self, index: int) -> Example:
+        return {
+            "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
+            "label": np.int32(0),
+            "index": np.int32(index),
+            "mask": np.float32(0),
+        }
 
 
 def _check_label(label: int, source: Source, index: int):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybrid_flax.distributed.transfer import from_parts
 from hybrid_flax.errors import InputError
 
 BATCH_AXES = ("data", "fsdp")
@@ -42,7 +43,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
             return array[place * rows : (place + 1) * rows]
 
         shape = (rows * batch_parts(mesh), *array.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, part)
+        return from_parts(shape, sharding, part)
 
     return {name: whole(array) for name, array in batch.items()}
 
@@ -51,7 +52,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 def _own_parts(mesh: Mesh) -> list[int]:
     """Which parts of a batch lie on devices of this process; ascending, but maybe with gaps."""
     places = batch_sharded(mesh).addressable_devices_indices_map((batch_parts(mesh),)).values()
-    return sorted({place[0].start or 0 for place in places})
+    return sorted({place[0].start or 0 for place in places if place})
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:

@@ -59,8 +59,8 @@ def start(
             f"{', '.join(given)}: --coordinator=HOST:PORT, --num_processes=N and --process_id=I "
             "belong together; give all three, or none where the cluster says them"
         )
-    reachable = given and re.fullmatch(r".+:[1-9]\d{0,4}", coordinator)
-    if given and not (reachable and 0 <= process_id < num_processes):
+    host = re.fullmatch(r".+:[1-9]\d{0,4}", coordinator or "")
+    if given and not (host and 0 <= (process_id or 0) < (num_processes or 0)):
         raise InputError(
             f"{', '.join(given)}: expected HOST:PORT, and a process_id from 0 to below the number "
             "of processes"
@@ -70,7 +70,7 @@ def start(
             f"--peer_timeout={timeout}: expected 5 seconds or more; a process that is merely busy "
             "must not count as gone"
         )
-    if given and process_id == 0:
+    if coordinator and process_id == 0:
         _check_free(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
     # JAX itself would end with a stack trace, in which its reason is hard to find.
@@ -169,7 +169,7 @@ def everyone(what: str, text: str, patience: float = PATIENCE) -> list[str]:
     if jax.process_count() == 1:
         return [text]
     # All processes come to the same calls in the same order.
-    client, folder = global_state.client, f"hybrid_flax/call{next(_calls)}/"
+    client, folder = _client(), f"hybrid_flax/call{next(_calls)}/"
     client.key_value_set(f"{folder}{jax.process_index()}", text)
     try:
         client.wait_at_barrier(folder, int(1000 * patience))
@@ -185,8 +185,13 @@ def everyone(what: str, text: str, patience: float = PATIENCE) -> list[str]:
     return [texts[i] for i in range(jax.process_count())]
 
 
+def _client() -> Any:
+    """The connection to the coordination service, of a process that has joined others."""
+    return global_state.client
+
+
 def _texts(folder: str) -> dict[int, str]:
-    found = global_state.client.key_value_dir_get(folder)
+    found = _client().key_value_dir_get(folder)
     return {int(key.rpartition("/")[2]): text for key, text in found}
 
 
@@ -200,7 +205,7 @@ def leave(code: int, reason: str) -> NoReturn:
     if several():
         failure = json.dumps({"name": name(), "code": code, "reason": reason})
         try:
-            global_state.client.key_value_set(f"{_FAILED}{jax.process_index()}", failure)
+            _client().key_value_set(f"{_FAILED}{jax.process_index()}", failure)
         except jax.errors.JaxRuntimeError:
             pass  # the service is gone, and so is the first process
         if is_first():

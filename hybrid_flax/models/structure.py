@@ -27,8 +27,8 @@ class Structure(NamedTuple):
     """The parts of a family's models, as regular expressions on paths like `stages/0/norm/scale`.
 
     Every parameter lies in exactly one of `stem`, `blocks`, `opens_stage`, `opens_next_stage`,
-    `closes_stage`, `after_blocks` and `end`. The groups of `blocks` are numbers, the stage (if there are several)
-    and the block in it; the only group of the others is the stage's number.
+    `closes_stage`, `after_blocks` and `end`. The groups of `blocks` are numbers, the stage (if
+    there are several) and the block in it; the only group of the others is the stage's number.
     """
 
     stem: str

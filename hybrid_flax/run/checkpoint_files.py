@@ -1,27 +1,34 @@
-"""One step of a checkpoint on disk: Orbax's files, and the manifest that proves them."""
+"""One checkpoint on disk: Orbax's files, and the manifest that proves them.
 
-import contextlib
-import gc
+Orbax loads a flipped bit without a word and casts dtypes silently. So beside its files stands a
+manifest with shape, dtype and CRC-32 of every array; reading compares the tree first, then every
+array.
+"""
+
 import hashlib
 import json
-import logging
-import sys
-import time
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.weights.paths import flatten
+from hybrid_flax.run import orbax_io
+from hybrid_flax.weights.paths import flatten, unflatten
 
 FORMAT = 1
 
 Arrays = dict[str, np.ndarray]  # by path: "params/stem/conv/kernel"
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read back as it was written."""
+
+    step: int
+    arrays: Arrays
+    meta: dict[str, Any]
 
 
 class DamagedCheckpointError(Exception):
@@ -32,49 +39,66 @@ class CheckpointMismatchError(InputError):
     """An intact checkpoint of something else; the message lists every path that differs."""
 
 
-def _load(folder: epath.Path, name: str):
-    with _quiet_background():
-        try:
-            with _context():
-                return ocp.load_checkpointables(folder, {name: None})[name]
-        except Exception as error:  # whatever Orbax and TensorStore raise on unreadable files
-            while error.__cause__ is not None:
-                error = error.__cause__
-            reason = f"{type(error).__name__}: {str(error)[:300]}"
-        time.sleep(0.5)  # for the reads that are still under way
-        gc.collect()
-    raise DamagedCheckpointError(f"its {name} cannot be read ({reason})")
+def parts_of(step: int, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a checkpoint, for `orbax_io.save_async`: copies of the arrays, and the manifest.
 
-
-def _context() -> ocp.Context:
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
-    context = ocp.Context()
-    # Of several processes only the one that has the folder comes here: Orbax would wait for all.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    # Orbax 0.12.8 does so even then, to compare the folder's name.
-    execution._check_directory_consistency = lambda directory: None
-    context.checkpointables.registry = registry
-    return context
-
-
-@contextlib.contextmanager
-def _quiet_background():
-    """Keeps one damaged array from being reported a thousand times.
-
-    Orbax abandons all other reads at the first that fails. asyncio reports each abandoned task, and
-    each read that still ends reports that its event loop is closed.
+    Args:
+      tree: arrays in nested dictionaries (and the tuples of optimizer states).
+      meta: JSON-serialisable facts to keep beside the arrays.
     """
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
+    # A copy, because the next step reuses (donates) these buffers.
+    arrays = {path: np.array(jax.device_get(leaf)) for path, leaf in flatten(tree).items()}
+    manifest = {"format": FORMAT, "step": step, "meta": meta}
+    manifest["arrays"] = {path: _describe(array) for path, array in arrays.items()}
+    manifest["digest"] = _digest(manifest)
+    return {"state": unflatten(arrays), "manifest": manifest}
+
+
+def read_step(folder: epath.Path, step: int, expected: Any, name: str) -> Restored:
+    """Reads a checkpoint and compares every array with its checksum.
+
+    Args:
+      expected: tree of anything with `shape` and `dtype`; None takes whatever is there.
+      name: what to call it in messages.
+
+    Raises:
+      DamagedCheckpointError: it is not what was written.
+      CheckpointMismatchError: it is intact but has other paths, shapes or dtypes.
+      InputError: it is of a newer format.
+    """
+    manifest = _load(folder, "manifest")
+    if not isinstance(manifest, dict) or manifest.get("digest") != _digest(manifest):
+        raise DamagedCheckpointError("its manifest does not match its own checksum")
+    if manifest["format"] > FORMAT:
+        raise InputError(
+            f"{name} has checkpoint format {manifest['format']}; this version of hybrid_flax reads "
+            f"up to {FORMAT}. Update hybrid_flax"
+        )
+    arrays = manifest["arrays"]
+    if expected is not None:
+        shapes = {
+            path: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
+            for path, entry in arrays.items()
+        }
+        check_same(shapes, expected, f"checkpoint {name}")
+    found = {path: np.asarray(leaf) for path, leaf in flatten(_load(folder, "state")).items()}
+    problems = [f"array {path} is missing" for path in arrays if path not in found]
+    problems += [f"array {path} should not be there" for path in found if path not in arrays]
+    problems += [
+        f"array {path} differs from what was saved"
+        for path, array in found.items()
+        if path in arrays and _describe(array) != arrays[path]
+    ]
+    if problems or manifest["step"] != step:
+        raise DamagedCheckpointError("; ".join(problems) or f"it is of step {manifest['step']}")
+    return Restored(step, found, manifest["meta"])
+
+
+def _load(folder: epath.Path, part: str) -> Any:
     try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
+        return orbax_io.load(folder, part)
+    except orbax_io.UnreadableError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """Checkpoints that are never believed unread: Orbax, plus a checksum for every array.
 
-Orbax writes and restores; it loads a flipped bit without a word, casts dtypes silently and never
-falls back. So beside its files we keep a manifest with shape, dtype and CRC-32 of every array, and
-on restoring compare the tree first, then every array, and take the step before a damaged one.
-
-On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`. On
-object storage the same; how it gets there: `storage/`.
+On disk: `DIRECTORY/STEP/state` (Orbax, the nested tree as it is) and `DIRECTORY/STEP/manifest`, see
+`checkpoint_files.py`. On object storage the same; how it gets there: `storage/`. Of several steps
+the newest intact one is restored; which are kept: `Checkpoints._delete_old`.
 
 `python -m hybrid_flax.run.checkpoints WORKDIR` prints the step of the newest, for the launch files.
 """
@@ -21,23 +18,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax.run import orbax_io
 from hybrid_flax.run.checkpoint_files import (
-    FORMAT,
-    Arrays,
     DamagedCheckpointError,
-    _context,
-    _describe,
-    _digest,
-    _load,
-    check_same,
+    Restored,
+    parts_of,
+    read_step,
 )
-from hybrid_flax.run.storage.bucket import is_bucket
-from hybrid_flax.run.storage.steps import BucketSteps, FolderSteps
-from hybrid_flax.weights.paths import flatten, unflatten
+from hybrid_flax.run.storage.steps import open_steps
 
 
 class CheckpointSaveError(TrainingError):
@@ -62,16 +53,14 @@ class Checkpoints:
         keep_every_steps: int = 0,
         keep_best: int = 0,
     ):
-        self._stored = (
-            BucketSteps(os.fspath(directory)) if is_bucket(directory) else FolderSteps(directory)
-        )
+        self._stored = open_steps(directory)
         self.directory = self._stored.folder  # where steps are written first
         self._keep = keep
         self._keep_every_steps = keep_every_steps
         self._keep_best = keep_best
         self._scores: dict[int, float] = {}
         self._background = ThreadPoolExecutor(1, "checkpoints")
-        self._saving: tuple[int, Future] | None = None
+        self._saving: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Steps with a finished save, ascending; nothing is said about their being intact."""
@@ -95,26 +84,18 @@ class Checkpoints:
         if step in self.steps():
             self._delete_old()  # what was the best may not be any more
             return
-        # A copy, because the next step reuses (donates) these buffers.
-        arrays = {path: np.array(leaf) for path, leaf in flatten(tree).items()}
-        manifest = {"format": FORMAT, "step": step, "meta": meta}
-        manifest["arrays"] = {path: _describe(array) for path, array in arrays.items()}
-        manifest["digest"] = _digest(manifest)
+        parts = parts_of(step, tree, meta)
         try:
             # Orbax notices an unwritable folder only after five minutes of waiting for itself.
             probe = self.directory / f"{step}.probe"
             probe.mkdir(parents=True, exist_ok=True)
             probe.rmdir()
-            with _context():
-                response = ocp.save_checkpointables_async(
-                    self.directory / str(step),
-                    {"state": unflatten(arrays), "manifest": manifest},
-                )
+            response = orbax_io.save_async(self.directory / str(step), parts)
         except Exception as error:
             raise self._failed(step, error) from error
         self._saving = step, self._background.submit(self._finish, step, response)
 
-    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
+    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
         response.result()
         self._stored.finish(step)
         if step not in self.steps():
@@ -180,9 +161,9 @@ class Checkpoints:
         if free < each:
             raise InputError(
                 f"{self.directory}: a checkpoint of this run takes {_size(each)}, the disk has "
-                f"{_size(free)} left. Free some, or {self._stored.ELSEWHERE}"
+                f"{_size(free)} left. Free some, or {self._stored.elsewhere}"
             )
-        if not self._stored.KEPT_HERE:
+        if not self._stored.kept_here:
             return
         # One more than is kept, while the newest is being written.
         most = self._keep + self._keep_best + 1 - min(len(self.steps()), self._keep)
@@ -196,8 +177,8 @@ class Checkpoints:
                 _size(each),
             )
 
-    def restore(self, expected: Any = None) -> tuple[int, Arrays, dict[str, Any]] | None:
-        """The newest intact checkpoint, as (step, {path: NumPy array}, meta).
+    def restore(self, expected: Any = None) -> Restored | None:
+        """The newest intact checkpoint.
 
         A damaged step is named in a warning and the one before it is tried.
 
@@ -214,7 +195,7 @@ class Checkpoints:
         damaged = {}
         for step in reversed(self.steps()):
             try:
-                arrays, meta = self._read(step, expected)
+                restored = self._read(step, expected)
             except DamagedCheckpointError as error:
                 damaged[step] = str(error)
                 logging.warning(
@@ -223,7 +204,7 @@ class Checkpoints:
                 continue
             if damaged:
                 logging.warning("going back to the intact checkpoint of step %d", step)
-            return step, arrays, meta
+            return restored
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
             raise InputError(
@@ -244,39 +225,9 @@ class Checkpoints:
                 logging.warning("moved the damaged checkpoint of step %s to %s", damaged, target)
         self._stored.delete_unfinished()
 
-    def _read(self, step: int, expected: Any) -> tuple[Arrays, dict[str, Any]]:
+    def _read(self, step: int, expected: Any) -> Restored:
         with self._stored.open(step) as folder:
-            return self._read_from(folder, step, expected)
-
-    def _read_from(
-        self, folder: epath.Path, step: int, expected: Any
-    ) -> tuple[Arrays, dict[str, Any]]:
-        manifest = _load(folder, "manifest")
-        if not isinstance(manifest, dict) or manifest.get("digest") != _digest(manifest):
-            raise DamagedCheckpointError("its manifest does not match its own checksum")
-        if manifest["format"] > FORMAT:
-            raise InputError(
-                f"{self.name(step)} has checkpoint format {manifest['format']}; this "
-                f"version of hybrid_flax reads up to {FORMAT}. Update hybrid_flax"
-            )
-        arrays = manifest["arrays"]
-        if expected is not None:
-            shapes = {
-                path: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
-                for path, entry in arrays.items()
-            }
-            check_same(shapes, expected, f"checkpoint {self.name(step)}")
-        found = {path: np.asarray(leaf) for path, leaf in flatten(_load(folder, "state")).items()}
-        problems = [f"array {path} is missing" for path in arrays if path not in found]
-        problems += [f"array {path} should not be there" for path in found if path not in arrays]
-        problems += [
-            f"array {path} differs from what was saved"
-            for path, array in found.items()
-            if path in arrays and _describe(array) != arrays[path]
-        ]
-        if problems or manifest["step"] != step:
-            raise DamagedCheckpointError("; ".join(problems) or f"it is of step {manifest['step']}")
-        return found, manifest["meta"]
+            return read_step(folder, step, expected, self.name(step))
 
     def _failed(self, step: int, reason: object) -> CheckpointSaveError:
         try:

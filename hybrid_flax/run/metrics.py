@@ -5,10 +5,13 @@ import json
 import os
 from typing import Any
 
-Record = dict[str, Any]  # "step" and numbers
+import jax
+
+Line = dict[str, Any]  # "step" and numbers
+Numbers = dict[str, Any]  # metrics of a step, fetched from the devices
 
 
-def read_metrics(file: str) -> list[Record]:
+def read_metrics(file: str) -> list[Line]:
     """The records of a `metrics.jsonl` or another file of JSON lines.
 
     A line that a kill cut short is left out.
@@ -40,7 +43,7 @@ class MetricWriter:
         self._lines = open(file, "a")
         self._tensorboard = SummaryWriter(workdir, purge_step=start_step + 1)
 
-    def write(self, step: int, **numbers: float) -> Record:
+    def write(self, step: int, **numbers: float) -> Line:
         """Records numbers of a step; names are grouped by a slash: `train/loss`."""
         record = {"step": step} | numbers
         self.records.append(record)
@@ -55,7 +58,30 @@ class MetricWriter:
         self._tensorboard.close()
 
 
-def draw_curves(records: list[Record], file: str, title: str) -> None:
+class PendingMetrics:
+    """Metrics of steps that the devices may still be computing; the host never waits for them."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Adds those of the step that was just given to the devices."""
+        self._steps.append((step, metrics))
+
+    def in_flight(self) -> bool:
+        """Whether the devices are still at work on the newest step."""
+        if not self._steps:
+            return False
+        return not self._steps[-1][1]["loss"].is_ready()  # type: ignore[attr-defined]  # no stub
+
+    def fetch(self, but_newest: bool = False) -> list[tuple[int, Numbers]]:
+        """Takes (step, numbers) of all steps out, or of all but the newest, and waits for them."""
+        count = len(self._steps) - but_newest
+        fetched, self._steps = self._steps[:count], self._steps[count:]
+        return [(step, jax.device_get(metrics)) for step, metrics in fetched]
+
+
+def draw_curves(records: list[Line], file: str, title: str) -> None:
     """Draws loss and accuracy over the steps into a PNG."""
     import matplotlib
 

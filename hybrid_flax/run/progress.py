@@ -1,14 +1,11 @@
-"""What a person sees while a run trains, and how fast it is."""
+"""The progress bar, or lines, of a run that trains, and how fast it is."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import ml_collections
-from flax import nnx
 from tqdm import tqdm
 
 from hybrid_flax.costs import chips
-from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.run.phases import Phases
 
 
@@ -21,7 +18,6 @@ class Progress:
       phases: of this process.
       step: where it begins; its first step, which compiles, has a phase of its own.
       seconds_at_peak: what a step would take at the chips' peak; None where that is not known.
-      quiet: no bar; what is printed is up to the process, whose standard output may be closed.
     """
 
     def __init__(
@@ -32,13 +28,12 @@ class Progress:
         step: int,
         total_steps: int,
         seconds_at_peak: float | None = None,
-        quiet: bool = False,
     ):
         self._phases = phases
         self._batch_size = batch_size
         self._total = total_steps
         self._seconds_at_peak = seconds_at_peak
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=quiet or None)
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
         if step < total_steps:
             if self._bar.disable:
                 print("compiling the first step", flush=True)
@@ -47,13 +42,8 @@ class Progress:
         self._first = step + 1
         self._reported: tuple[int, dict[str, float]] | None = None
 
-    @property
-    def begun(self) -> bool:
-        """Whether the first step is done."""
-        return self._reported is not None
-
     def stepped(self) -> None:
-        """After every training step."""
+        """Counts a training step."""
         self._bar.update()
         if self._reported is None:
             self._reported = self._first, self._phases.seconds()
@@ -75,6 +65,7 @@ class Progress:
           "slowest_process", "slowest_input_wait"  its number and its seconds, of several processes
           "mfu"                model FLOPs utilisation, a share of the chips' peak, if that is known
         """
+        assert self._reported is not None  # `stepped` was called
         before, spent = self._reported
         now = self._phases.seconds()
         train, wait, save = (now[k] - spent[k] for k in ("train", "input wait", "save"))
@@ -116,15 +107,16 @@ class Progress:
         self._bar.close()
 
 
-def seconds_at_peak(
-    config: ml_collections.ConfigDict, model: nnx.Module, devices: int
-) -> float | None:
-    """What a training step would take if all devices ran at their peak; None if that is not known.
+def seconds_at_peak(flops: Callable[[], int], dtype: str, devices: int) -> float | None:
+    """How long a training step takes if all devices run at their peak; None if that is not known.
 
     A peak is of bfloat16 products.
+
+    Args:
+      flops: counts those of one step.
+      dtype: in which the model computes.
     """
     chip = chips.chip()
-    if chip is None or config.model.dtype != "bfloat16":
+    if chip is None or dtype != "bfloat16":
         return None
-    flops = training_flops(model, config.model.image_size, config.batch_size)
-    return flops / (devices * chip.flops)
+    return flops() / (devices * chip.flops)

@@ -19,6 +19,11 @@ class SavedWeights(NamedTuple):
     averaged: Arrays  # empty if the run kept no average
     meta: dict[str, Any]  # "model", "num_classes", "image_size", …
 
+    @property
+    def best(self) -> Arrays:
+        """The averaged ones, if there are any."""
+        return self.averaged or self.trained
+
 
 def load_weights(folder: str) -> SavedWeights:
     """The newest intact weights of a work directory or a converted checkpoint.

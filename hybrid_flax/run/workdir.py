@@ -19,36 +19,11 @@ import platform
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-import ml_collections
-
 from hybrid_flax.errors import InputError
 from hybrid_flax.run.storage.bucket import is_bucket
 from hybrid_flax.run.storage.mirror import Mirror
+from hybrid_flax.settings import FIELDS, Settings, from_saved, to_plain
 from hybrid_flax.versions import versions
-
-# Settings that do not change what is learned: a resumed run may have others.
-_FREE = (
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpoint.keep_best",
-    "checkpoint.keep_every_steps",
-    "dataset.cache",
-    "dataset.index",
-    "dataset.num_workers",
-    "dataset.path",
-    "eval.batch_size",
-    "eval.every_epochs",
-    "log_every_steps",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.num_slices",
-    "mesh.tensor",
-    "non_finite_limit",
-    "on_non_finite",
-    "sharding.optimizer_over_data",
-    "sharding.rules",
-    "watchdog_seconds",
-)
 
 
 class Workdir:
@@ -57,13 +32,13 @@ class Workdir:
     Args:
       path: a local folder, made if it is not there, or one on object storage (`gs://…`): then the
         run writes to a temporary folder, which `push` copies; see `storage/`.
-      config: the resolved config.
+      config: the resolved settings.
 
     Raises (on entering, with nothing changed):
       InputError: the folder cannot be written, is in use, or holds a run with another config.
     """
 
-    def __init__(self, path: str, config: ml_collections.ConfigDict):
+    def __init__(self, path: str, config: Settings):
         self._mirror = Mirror(path) if is_bucket(path) else None
         self.name = path.rstrip("/") if self._mirror else os.path.abspath(path)
         self.path = self._mirror.folder if self._mirror else self.name
@@ -144,9 +119,10 @@ class Workdir:
         elif os.path.exists(file):
             with open(file) as stream:
                 theirs = json.load(stream)
+            free = [field.name for field in FIELDS.values() if field.free]
             lines = [
                 f"  {name}: the run has {then!r}, you gave {now!r}"
-                for name, then, now in differences(theirs, mine, _FREE)
+                for name, then, now in differences(from_saved(theirs), mine, free)
             ]
             if lines:
                 raise InputError(
@@ -196,11 +172,6 @@ class Workdir:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
 
-def to_plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON knows it: tuples become lists."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
 def differences(
     one: dict[str, Any], other: dict[str, Any], free: Iterable[str] = ()
 ) -> list[tuple[str, Any, Any]]:
@@ -217,7 +188,7 @@ def differences(
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}

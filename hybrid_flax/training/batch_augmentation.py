@@ -12,9 +12,11 @@ from hybrid_flax.errors import InputError
 def normalise(
     images: UInt8[Array, "B H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "B H W 3"]:
-    """uint8 pixels to float32 with the dataset's mean and deviation (both for values in 0..1)."""
-    mean, std = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (mean, std))
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    """Normalises uint8 pixels by the dataset's mean and deviation, both for values in 0..1."""
+    mean_of_pixel, std_of_pixel = (
+        jnp.asarray(x, jnp.float32)[None, None, None] for x in (mean, std)
+    )
+    return (images.astype(jnp.float32) / 255 - mean_of_pixel) / std_of_pixel
 
 
 def mix(
@@ -84,14 +86,14 @@ def mix(
 
 
 def _reversed(values, group: int):
-    """Each `group` rows in reverse order."""
+    """Reverses the order of each `group` rows."""
     if group == len(values):
         return values[::-1]
     return values.reshape(-1, group, *values.shape[1:])[:, ::-1].reshape(values.shape)
 
 
 def _random_box(key: jax.Array, size: tuple[int, int], share: Float[Array, " groups"]):
-    """Rows bool [groups, H] and columns [groups, W] of boxes of area (1 - share)·H·W, clipped."""
+    """Draws boxes of area (1 - share)·H·W as rows bool [groups, H] and columns [groups, W]."""
     part = jnp.sqrt(1 - share)[:, None]
     inside = []
     for axis_key, length in zip(jax.random.split(key), size, strict=True):
@@ -138,7 +140,7 @@ def random_erasing(
 
 
 def cheap_normal(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Normal numbers, float32, each a function of the key and its place alone.
+    """Draws normal numbers, float32, each a function of the key and its place alone.
 
     Threefry for every pixel would cost more than all of the rest of a batch's augmentation; a hash
     of 32 bits (two rounds of multiply and shift, a word of the key before each) is as good for
@@ -157,7 +159,7 @@ def cheap_normal(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
 
 def _scrambled(bits):
-    """A permutation of all 32-bit numbers in which every bit depends on every other."""
+    """Permutes all 32-bit numbers so that every bit depends on every other."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
     return bits ^ (bits >> 16)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.training import Config, token_labels
+from hybrid_flax.settings import Loss
+from hybrid_flax.training import token_labels
+
+Outputs = Array | Mapping[str, Array]  # of a model in training
+Targets = Array | Mapping[str, Array]  # [B, classes], or label maps and crops
 
 
 def smoothed_one_hot(
@@ -69,37 +72,30 @@ def token_labelling(
     return cross_entropy(outputs["logits"], targets).mean() + dense_weight * dense
 
 
-def loss_for(outputs) -> str:
-    """The name of the loss that a model's training output is made for; arrays or their shapes."""
-    if isinstance(outputs, Mapping):
-        return "token_labelling"
-    return {2: "softmax", 3: "gramian"}[outputs.ndim]
+def make_loss(config: Loss) -> Callable[[Outputs, Targets], Float[Array, ""]]:
+    """Makes the loss `loss(outputs, targets) → scalar` of whatever a model returns in training.
 
-
-def make_loss(config: Config) -> Callable[[Any, Array], Array]:
-    """The config's loss as `loss(outputs, targets) → scalar`.
-
-    `outputs` is what the model returns in training, `targets` [B, classes]. `config.name` is
-    - `softmax`: cross entropy of logits [B, classes];
-    - `gramian`, with `diversity`: of the head logits [heads, B, classes] of the GA models;
-    - `token_labelling`, with `dense_weight`: of the token-labelled GLNets. With label maps
-      `targets` is {"label_map": …, "crop": …}, which are cut out as `transposed_crops` says
+    - Logits [B, classes]: cross entropy.
+    - Head logits [heads, B, classes] of the GA models: `gramian`, with `diversity`.
+    - A dictionary, of the token-labelled GLNets: `token_labelling`, with `dense_weight`. With label
+      maps `targets` is {"label_map": …, "crop": …}, which are cut out as `transposed_crops` says
       (`token_labels.py`); without them every token is taught the label of its image.
 
+    Otherwise `targets` is [B, classes].
+
     Raises:
-      InputError: when called with outputs that this loss is not for.
+      InputError: when called with label maps and outputs that are not for them.
     """
 
-    def loss(outputs, targets):
-        kind = loss_for(outputs)
-        if kind != config.name:
-            raise InputError(
-                f"--config.loss.name={config.name!r} does not fit this model, whose training "
-                f"output is made for {kind!r}"
-            )
-        if kind == "softmax":
-            return cross_entropy(outputs, targets).mean()
-        if kind == "gramian":
+    def loss(outputs: Outputs, targets: Targets) -> Float[Array, ""]:
+        if not isinstance(outputs, Mapping):
+            if isinstance(targets, Mapping):
+                raise InputError(
+                    "--config.dataset.label_maps: this model does not use them; take "
+                    "configs/glnet_4g_tklb.py or 9g"
+                )
+            if outputs.ndim == 2:
+                return cross_entropy(outputs, targets).mean()
             return gramian(outputs, targets, config.diversity)
         shape = outputs["token_logits"].shape
         if isinstance(targets, Mapping):

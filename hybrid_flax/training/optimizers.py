@@ -11,17 +11,15 @@ import optax
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.structure import Structure
-from hybrid_flax.training import Config
+from hybrid_flax.settings import Optimizer
 from hybrid_flax.training.schedules import Schedule
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
-OPTIMIZERS = ("adamw", "lamb", "sgd", "lion", "adafactor")
-
 
 def make_optimizer(
-    config: Config, schedule: Schedule, structure: Structure
+    config: Optimizer, schedule: Schedule, structure: Structure
 ) -> optax.GradientTransformation:
-    """Clipping, then the optimizer `config.name` with weight decay of some parameters.
+    """Chains clipping and the optimizer `config.name` with weight decay of some parameters.
 
     - `adamw` (arXiv:1711.05101), as PyTorch computes it;
     - `lamb` (arXiv:1904.00962): the layer-wise ratio applies to the decayed parameters only, as in
@@ -70,8 +68,8 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
-def trainable(params, config: Config):
-    """Tree of booleans: which parameters learn; those that no expression in `config.freeze` finds.
+def trainable(params, config: Optimizer):
+    """Says which parameters learn, as a tree of booleans: all that `config.freeze` does not find.
 
     Raises:
       InputError: an expression that matches no parameter, or none is left to learn.
@@ -86,12 +84,13 @@ def trainable(params, config: Config):
     return unflatten_like(params, learns)
 
 
-def decayed(params, config: Config):
-    """Tree of booleans: which parameters weight decay applies to.
+def decayed(params, config: Optimizer):
+    """Says which parameters weight decay applies to, as a tree of booleans.
 
-    Those of rank 2 or more: biases, norms and layer scales have rank 1. The regular expressions in
-    `config.decay_also` and `config.decay_never`, on paths like `stages/0/norm/scale`, make
-    exceptions; the authors' grouping goes by the rank in PyTorch, which differs in places.
+    They are those of rank 2 or more: biases, norms and layer scales have rank 1. The regular
+    expressions in `config.decay_also` and `config.decay_never`, on paths like
+    `stages/0/norm/scale`, make exceptions; the authors' grouping goes by the rank in PyTorch, which
+    differs in places.
 
     Raises:
       InputError: an expression that matches no parameter.
@@ -131,9 +130,9 @@ def _check_patterns(field: str, patterns: Iterable[str], paths: Iterable[str]) -
 
 
 def _for_trainable(
-    optimizer: optax.GradientTransformation, config: Config
+    optimizer: optax.GradientTransformation, config: Optimizer
 ) -> list[optax.GradientTransformation]:
-    """The optimizer for what is not frozen, and no update for the rest."""
+    """Gives updates to what is not frozen, and none to the rest."""
 
     def learns(params):
         return trainable(params, config)
@@ -145,8 +144,8 @@ def _for_trainable(
     return [optax.masked(optimizer, learns), optax.masked(optax.set_to_zero(), frozen)]
 
 
-def _clipping(config: Config, structure: Structure) -> list[optax.GradientTransformation]:
-    """What `clip_adaptive`, `clip_value` and `clip_norm` ask for, in this order."""
+def _clipping(config: Optimizer, structure: Structure) -> list[optax.GradientTransformation]:
+    """Clips as `clip_adaptive`, `clip_value` and `clip_norm` say, in this order."""
     steps = []
     if config.clip_adaptive:
 
@@ -163,7 +162,7 @@ def _clipping(config: Config, structure: Structure) -> list[optax.GradientTransf
 
 
 class _AdamState(NamedTuple):
-    count: jax.Array  # int32 scalar, updates done
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar, updates done; hides tuple.count
     mu: optax.Updates
     nu: optax.Updates
 
@@ -201,7 +200,7 @@ def _one_minus_power(base: float, exponent: jax.Array) -> jax.Array:
 
 
 def _scale_by_depth(decay: float, structure: Structure) -> optax.GradientTransformation:
-    """Times decay^(layers between the parameter and the classifier)."""
+    """Multiplies updates by decay^(layers between the parameter and the classifier)."""
 
     def update(updates, state, params=None):
         del params

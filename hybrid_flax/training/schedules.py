@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.training import Config
+from hybrid_flax.settings import Optimizer
+from hybrid_flax.settings import Schedule as ScheduleSettings
 
 Schedule = Callable[[jax.Array], jax.Array]  # optimizer step, from 0 → learning rate
 
-SHAPES = ("cosine", "linear", "constant", "step", "onecycle")
 
-
-def peak_learning_rate(config: Config, batch_size: int) -> float:
-    """`learning_rate`, scaled linearly if `learning_rate_for_batch` says for which batch it is.
+def peak_learning_rate(config: Optimizer, batch_size: int) -> float:
+    """Scales `learning_rate` linearly if `learning_rate_for_batch` says for which batch it is.
 
     The scaling rule of arXiv:1706.02677. The rates that a schedule starts and ends with are not
     scaled.
@@ -24,8 +23,8 @@ def peak_learning_rate(config: Config, batch_size: int) -> float:
     return config.learning_rate * batch_size / config.learning_rate_for_batch
 
 
-def make_schedule(config: Config, peak: float, steps_per_epoch: int) -> Schedule:
-    """Linear warm-up, then a way from the peak down to the minimum, then the minimum.
+def make_schedule(config: ScheduleSettings, peak: float, steps_per_epoch: int) -> Schedule:
+    """Makes a linear warm-up, then a way from the peak down to the minimum, then the minimum.
 
     Args:
       config: `warmup_epochs`, `warmup_learning_rate` (at step 0), `min_learning_rate`,
@@ -66,20 +65,17 @@ def make_schedule(config: Config, peak: float, steps_per_epoch: int) -> Schedule
 
     def after_warmup(step):
         progress = jnp.clip((step - start) / (end - start), 0, 1)
-        match config.name:
-            case "cosine":
-                return low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-            case "linear":
-                return peak + (low - peak) * progress
-            case "constant":
-                return jnp.full_like(step, peak)
-            case "step":
-                drops = jnp.floor((step - start) / (config.step_epochs * steps_per_epoch))
-                return jnp.maximum(low, peak * config.step_factor**drops)
-            case "onecycle":
-                corners = jnp.asarray([0.0, 0.4, 0.8, 1.0]), jnp.asarray([0, peak, peak / 20, 0.0])
-                return jnp.interp(progress, *corners)
-        raise InputError(f"schedule: {config.name!r} is not one of {', '.join(SHAPES)}")
+        if config.name == "cosine":
+            return low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        if config.name == "linear":
+            return peak + (low - peak) * progress
+        if config.name == "constant":
+            return jnp.full_like(step, peak)
+        if config.name == "step":
+            drops = jnp.floor((step - start) / (config.step_epochs * steps_per_epoch))
+            return jnp.maximum(low, peak * config.step_factor**drops)
+        corners = jnp.asarray([0.0, 0.4, 0.8, 1.0]), jnp.asarray([0, peak, peak / 20, 0.0])
+        return jnp.interp(progress, *corners)  # onecycle
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from hybrid_flax.distributed.batch import batch_sharded
 from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.distributed.shardings import unsharded
-from hybrid_flax.training import Config
+from hybrid_flax.settings import Augment, Dataset, Settings
 from hybrid_flax.training.batch_augmentation import mix, normalise, random_erasing
 from hybrid_flax.training.losses import cross_entropy, make_loss, smoothed_one_hot
 from hybrid_flax.training.optimizers import trainable
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Shardings(NamedTuple):
-    """Where the arrays of a training run lie: see `distributed/shardings.py`."""
+    """Places of the arrays of a training run: see `distributed/shardings.py`."""
 
     state: Any  # a sharding, or a tree of them like the state
     gradients: Any  # a tree like the parameters; None: wherever XLA puts them
@@ -56,11 +56,11 @@ def make_train_step(
     apply: Callable[..., tuple[Any, Any]],
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    config: Config,
+    config: Settings,
     mesh: Mesh,
     mix_until: int | None = None,
     shardings: Shardings | None = None,
-) -> Callable[[State, dict[str, jax.Array]], tuple[State, Metrics]]:
+) -> jax.stages.Wrapped:
     """Compiles `step(state, batch) → (state, metrics)`; the state that is passed in is consumed.
 
     `apply` is the model from `functions.as_training_function`. `batch` has `image` uint8
@@ -91,18 +91,23 @@ def make_train_step(
         targets = smoothed_one_hot(
             batch["label"], config.model.num_classes, config.loss.label_smoothing
         )
-        images, targets = augmented_batch(
-            (mix_key, erase_key), batch["image"], targets, state["step"], config, mix_until
+        images, mixed = augmented_batch(
+            (mix_key, erase_key),
+            batch["image"],
+            targets,
+            state["step"],
+            config.augment,
+            config.dataset,
+            mix_until,
         )
-        if "label_map" in batch:
-            targets = {name: batch[name] for name in ("label_map", "crop")}
+        maps = {name: batch[name] for name in ("label_map", "crop") if name in batch}
 
         loss, grads, batch_stats = _accumulated(
             jax.value_and_grad(loss_of, has_aux=True),
             state["params"],
             state.get("batch_stats", {}),
             images,
-            targets,
+            maps or mixed,
             model_key,
             config.accumulation_steps,
         )
@@ -119,7 +124,7 @@ def make_train_step(
         if batch_stats:
             new["batch_stats"] = batch_stats
         if "ema" in state:
-            decay = config.ema_decay
+            decay: float | jax.Array = config.ema_decay
             if config.ema_warmup:
                 decay = jnp.minimum(decay, (1 + state["step"]) / (10 + state["step"]))
             new["ema"] = _average(state["ema"], weights_of(new), decay)
@@ -148,10 +153,11 @@ def augmented_batch(
     images: jax.Array,
     targets: jax.Array,
     step: jax.Array,
-    config: Config,
+    augment: Augment,
+    dataset: Dataset,
     mix_until: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalises, mixes and erases a batch in the order that `config.augment` asks for.
+    """Normalises, mixes and erases a batch in the order that `augment` asks for.
 
     Args:
       keys: for mixing and for erasing.
@@ -163,8 +169,7 @@ def augmented_batch(
       (float32 images, targets) of the same shapes.
     """
     mix_key, erase_key = keys
-    augment = config.augment
-    probability = augment.mix_probability
+    probability: float | jax.Array = augment.mix_probability
     if mix_until is not None:
         probability = jnp.where(step < mix_until, jnp.float32(probability), 0)
 
@@ -181,7 +186,7 @@ def augmented_batch(
         )
 
     def normalised_and_erased(images):
-        images = normalise(images, config.dataset.mean, config.dataset.std)
+        images = normalise(images, dataset.mean, dataset.std)
         return random_erasing(erase_key, images, augment.erasing_probability)
 
     if augment.erase_before_mix:
@@ -227,8 +232,8 @@ def _accumulated(value_and_grad, params, batch_stats, images, targets, key, coun
 
 
 def make_eval_step(
-    apply: Callable[..., jax.Array], config: Config, mesh: Mesh, shardings: Any = None
-) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
+    apply: Callable[..., jax.Array], dataset: Dataset, mesh: Mesh, shardings: Any = None
+) -> jax.stages.Wrapped:
     """Compiles `step(weights, batch) → sums`.
 
     `apply` is the model from `functions.as_function`. `batch` has `image` uint8 [B, H, W, 3],
@@ -241,7 +246,7 @@ def make_eval_step(
     def eval_step(weights, batch):
         if shardings:
             weights = jax.lax.with_sharding_constraint(weights, unsharded(shardings))
-        images = normalise(batch["image"], config.dataset.mean, config.dataset.std)
+        images = normalise(batch["image"], dataset.mean, dataset.std)
         logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]
         best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
         loss = cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))

@@ -54,7 +54,7 @@ def token_targets(
 def roi_align_weights(
     start: Float[Array, "B 1"], extent: Float[Array, "B 1"], size: int, bins: int
 ) -> Float[Array, "B bins size"]:
-    """What RoI align weighs the `size` cells of an axis with, for each bin of a box.
+    """Computes RoI align's weights of the `size` cells of an axis, for each bin of a box.
 
     As torchvision's, unaligned and with as many samples in a bin as it has cells, which are
     averaged. The box begins half a cell early and is one cell wide at least.

@@ -9,7 +9,7 @@ from tests import tiny
 
 
 def test_both_are_timed_on_the_same_batch(tmp_path, capsys):
-    config = tiny.get_config(batch_size=4, model__num_classes=10)
+    config = tiny.settings(batch_size=4, model__num_classes=10)
     file = tmp_path / "figures.json"
     assert device_augmentation.measure(config, 1, file) == 0
     result = json.loads(file.read_text())

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import configs
 import hybrid_flax
 from benchmarks import plans
 from hybrid_flax.errors import InputError
@@ -44,11 +45,11 @@ def test_every_entry_says_what_made_it():
 
 
 def test_all_models_have_their_config_there_small_ones_first():
-    names = plans.configs()
+    names = plans.by_size()
     assert set(hybrid_flax.list_models()) <= set(names)
     assert len(names) == len(set(names))
     assert names.index("gcvit_xxt") < names.index("gcvit_b") < names.index("gcvit_l_512")
-    assert plans.configs("l2vit_?") == ["l2vit_t", "l2vit_s", "l2vit_b"]
+    assert plans.by_size("l2vit_?") == ["l2vit_t", "l2vit_s", "l2vit_b"]
 
 
 def test_rows():
@@ -86,7 +87,7 @@ def test_what_is_there_is_kept_and_what_failed_is_tried_again(tmp_path, monkeypa
     assert compiled[2:] == ["gcvit_xt"]
     page = (tmp_path / "plans.md").read_text()
     assert "| `gcvit_xxt` | 4096, 16 |" in page
-    total = len(plans.configs())
+    total = len(plans.by_size())
     assert f"Not compiled yet, {total - 2} of {total}" in page
 
 
@@ -102,10 +103,10 @@ def test_the_parts_in_which_a_batch_fits(monkeypatch):
 
     monkeypatch.setattr(plans, "plan", plan)
     fits = 4
-    found = plans.fitting_parts(plans.get_config("gcvit_xxt"), None)
+    found = plans.fitting_parts(configs.load("gcvit_xxt"), None)
     assert found == {"accumulation_steps": 4, "peak_bytes": 5}
     fits = 99
-    assert plans.fitting_parts(plans.get_config("gcvit_xxt"), None) is None
+    assert plans.fitting_parts(configs.load("gcvit_xxt"), None) is None
 
 
 def test_a_missing_compiler_is_said(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Every config trains two steps on photos as its recipe says; only sizes are shrunk.
 
+One config of each recipe always; the others, which differ in numbers, with `make test-all`.
+
 Through the parts that `train.py` puts together: source, transform, initial weights, program.
 Configs that differ in nothing but sizes are the same when shrunk, and train once.
 """
@@ -8,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+import configs
 import hybrid_flax
 from configs import finetune
-from hybrid_flax.build import training_program
-from hybrid_flax.config import check, resolve_classes
+from hybrid_flax.build import resolve_classes, training_program
 from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.order import batches_per_epoch
 from hybrid_flax.data.sources import source_of
@@ -28,12 +30,12 @@ from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.models.registry import family_of, tiny_model
 from hybrid_flax.run.checkpoints import Checkpoints
-from hybrid_flax.run.workdir import to_plain
+from hybrid_flax.settings import Settings, from_config, to_plain
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.optimizers import trainable
 from hybrid_flax.training.step import weights_of
 from hybrid_flax.weights.paths import flatten
-from tests.configs.test_configs import CONFIGS, get_config
+from tests.configs.test_configs import CONFIGS, RECIPES
 
 CLASSES = 10
 BATCH_SIZE = 8
@@ -44,7 +46,7 @@ KEPT = [15, 3, 0, 8, 1, 12, 9, 4, 7, 2]  # of those, by the class map
 class Run(NamedTuple):
     """Two steps; all arrays are on the host."""
 
-    config: Any
+    config: Settings
     states: list[dict]  # three: before, between, after
     metrics: list[dict]
     names: set[str]  # what a batch had
@@ -66,14 +68,14 @@ def shrink(config, photos):
     # Its rate for each size is in tests/golden/configs.json; equal programs compile once.
     config.model.drop_path = min(config.model.drop_path, 0.1)
     config.dataset.update(name="image_folder", path=str(photos), num_workers=0)
-    if config.loss.name == "token_labelling":
+    if config.model.name.endswith("tklb"):
         config.dataset.label_maps = str(photos / "maps")
 
 
-def take_two_steps(config) -> Run:
+def take_two_steps(config: Settings) -> Run:
     mesh = make_mesh(jax.devices()[:1])
     source = source_of(config.dataset, "train")
-    resolve_classes(config, source)
+    config = resolve_classes(config, source)
     transform = TrainTransform.from_config(config, source)
     program = training_program(config, mesh, batches_per_epoch(source, BATCH_SIZE))
     weights = initial_weights(config, mesh)
@@ -121,7 +123,7 @@ def trained(photos, tmp_path_factory):
     def saved(name: str) -> str:
         folder = tmp_path_factory.mktemp(name)
         checkpoints = Checkpoints(folder / "checkpoints")
-        model = get_config(name).model.name
+        model = configs.load(name).model.name
         checkpoints.save(2, weights_of(train(name).states[-1]), {"model": model})
         checkpoints.wait()
         (folder / "map.txt").write_text("".join(f"{row}\n" for row in KEPT))
@@ -139,12 +141,12 @@ def trained(photos, tmp_path_factory):
             config = finetune.get_config(name.partition(":")[2])
             config.init_from = start_of("gcvit_xxt")
         else:
-            config = get_config(name)
+            config = configs.load(name)
         shrink(config, photos)
         if name in ("l2vit_b_22k_1k", "l2vit_b_384"):
             config.init_from = start_of("l2vit_b_22k")
             config.init_class_map = f"{config.init_from}/map.txt"
-        check(config)
+        config = from_config(config)
         variant = hybrid_flax.model_variant(config.model.name)
         small = dataclasses.replace(
             variant, **{"drop_path": config.model.drop_path, **config.model.overrides}
@@ -171,7 +173,16 @@ def rates(config, steps_per_epoch: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "name", [*CONFIGS, "quickstart", "finetune:model=gcvit_xxt", "finetune:model=gcvit_xxt,probe"]
+    "name",
+    [
+        *RECIPES.values(),
+        *("quickstart", "finetune:model=gcvit_xxt", "finetune:model=gcvit_xxt,probe"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in CONFIGS
+            if name not in RECIPES.values()
+        ),
+    ],
 )
 def test_two_steps(trained, name):
     config, states, metrics, names = trained(name)
@@ -181,7 +192,7 @@ def test_two_steps(trained, name):
         assert np.isfinite([measured["loss"], measured["grad_norm"]]).all()
         assert measured["grad_norm"] > 0
         assert measured["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert ("label_map" in names) == (config.loss.name == "token_labelling")
+    assert ("label_map" in names) == config.model.name.endswith("tklb")
 
     # Adam's first step is the rate in every number, where nothing decays; LAMB's is Adam's there.
     structure = family_of(config.model.name).model.structure

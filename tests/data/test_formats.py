@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 from hybrid_flax.data.images import UnreadableImageError, rgb
-from hybrid_flax.data.sources import check_same_data, fingerprint, open_source
+from hybrid_flax.data.sources import (
+    EncodedSource,
+    Source,
+    check_same_data,
+    fingerprint,
+    open_source,
+)
+from hybrid_flax.data.sources.memory import InMemory
 from tests.data.test_sources import write_images
 
 
@@ -315,3 +322,26 @@ def test_data_that_changed_since_a_checkpoint_is_refused(tmp_path):
     shrunk = open_source("image_folder", str(tmp_path), "train")
     with pytest.raises(ValueError, match=r"step 7 \(images: 6 then, 5 now.*--config.init_from="):
         check_same_data(shrunk, before, 7)
+
+
+def test_an_unreadable_image_whose_label_is_not_known_cannot_be_kept_in_memory():
+    class Unlabelled(EncodedSource):
+        num_classes = 2
+
+        def __len__(self):
+            return 1
+
+        def read(self, index):
+            raise UnreadableImageError(f"cannot read image {index}")
+
+    with pytest.raises(UnreadableImageError, match="cannot read image 0"):
+        InMemory(Unlabelled())
+
+
+@pytest.mark.parametrize("options", [{}, {"train_split": "train[:50]"}, {"cache": True}])
+def test_every_source_has_what_the_protocol_declares(options):
+    source = open_source("digits", "", "train", **options)
+    declared = {name for name in vars(Source) if name[0] != "_"}
+    assert declared == {"num_classes", "class_names", "labels", "name"}
+    assert all(hasattr(source, name) for name in declared)
+    assert len(source.labels) == len(source)

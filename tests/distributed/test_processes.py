@@ -212,7 +212,7 @@ from tests import tiny
 
 folder = {{"0": {str(workdir)!r}, "1": "nowhere"}}[process]
 evaluate.main(tiny.get_config(), folder)
-config = tiny.get_config(init_from=folder, model__num_classes=10)
+config = tiny.settings(init_from=folder, model__num_classes=10)
 weights = bridge.flatten(initial_weights(config, make_mesh()))
 print("sum", sum(float(abs(array).sum()) for array in weights.values()))
 """

@@ -11,7 +11,7 @@ from flax import nnx
 
 import convert
 import hybrid_flax
-from hybrid_flax.config import build_model, check
+from hybrid_flax.build import build_model, checked
 from hybrid_flax.models.unified.mixer import Place
 from hybrid_flax.models.unified.model import MIXERS
 from hybrid_flax.weights import bridge
@@ -125,8 +125,8 @@ def test_a_model_with_the_token_mixer_is_built_and_a_config_trains_it(pooling):
     exec(code(EXTENDING, "def get_config"), names)
     config = names["get_config"]()
     config.model.num_classes = 10
-    check(config)
     with config.unlocked():
         config.model.overrides["depths"] = (1, 1, 1, 1)
-    built = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    settings = checked(config)
+    built = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
     assert type(built.stages[3].blocks[0].mixer) is pooling

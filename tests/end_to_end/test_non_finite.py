@@ -15,6 +15,7 @@ from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.settings import from_config
 from hybrid_flax.train import train
 from hybrid_flax.training import step as step_module
 from tests import tiny
@@ -55,6 +56,7 @@ def test_neither_weights_nor_statistics_nor_average_change():
     settings = config()
     settings.model.num_classes = 3
     settings.augment.mixup_alpha = settings.augment.cutmix_alpha = 0.0
+    settings = from_config(settings)
 
     def apply(weights, images, *, train, key):
         mean = images.mean((1, 2))

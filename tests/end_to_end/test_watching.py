@@ -9,12 +9,13 @@ import jax
 import pytest
 from flax import nnx
 
-from hybrid_flax.config import build_model
+from hybrid_flax.build import build_model
 from hybrid_flax.costs import chips
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.goodput import account
 from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.settings import from_config
 from hybrid_flax.train import train
 from hybrid_flax.weights import bridge
 from tests import tiny
@@ -56,7 +57,7 @@ def test_speed_goes_to_the_log_and_the_records(run):
     assert record["train/images_per_second"] == pytest.approx(64 / seconds)
     assert 0 <= record["train/input_wait"] <= 1
     assert record["train/checkpoint_seconds"] >= 0
-    model = bridge.abstract(lambda: build_model(config(), rngs=nnx.Rngs(0)))
+    model = bridge.abstract(lambda: build_model(from_config(config()), rngs=nnx.Rngs(0)))
     least = training_flops(model, image_size=32, batch_size=64) / (8 * 1e12)
     assert record["train/mfu"] == pytest.approx(least / seconds)
 

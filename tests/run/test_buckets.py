@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 from gcp_storage_emulator.server import create_server
 
-from hybrid_flax.build import CompiledOnce
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.run.checkpoints import Checkpoints, CheckpointSaveError
 from hybrid_flax.run.metrics import read_metrics
 from hybrid_flax.run.saved_weights import load_weights
-from hybrid_flax.run.storage import steps
+from hybrid_flax.run.storage import mirror
 from hybrid_flax.run.storage.bucket import Bucket
-from hybrid_flax.run.storage.steps import COMPLETE
+from hybrid_flax.run.storage.bucket_steps import COMPLETE
 from hybrid_flax.run.workdir import Workdir
-from hybrid_flax.train import train
-from tests import tiny
+from tests import toy
+from tests.end_to_end.same_bits import assert_same_bits, final_arrays
 
 # gcsfs gives aiohttp large bodies as bytes.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
@@ -51,8 +50,8 @@ def url(request):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(steps, "_REFRESH", 0.1)
-    monkeypatch.setattr(steps, "_SILENT", 2.0)
+    monkeypatch.setattr(mirror, "_REFRESH", 0.1)
+    monkeypatch.setattr(mirror, "_SILENT", 2.0)
 
 
 def no_route(*_):
@@ -215,30 +214,14 @@ def test_there_is_room_here_for_one(url, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_from_the_bucket_to_the_bit(url, tmp_path, monkeypatch, capsys):
-    config = tiny.get_config(
-        batch_size=32, dataset__train_split="train[:320]", dataset__val_split="val[:40]", epochs=1
-    )
-    assert train(config, str(tmp_path / "local")) == 0
-    call = CompiledOnce.__call__
-
-    def stepping(self, state, batch):
-        if int(state["step"]) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(self, state, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CompiledOnce, "__call__", stepping)
-        assert train(config, url) == 143
+    config = toy.get_config()
+    assert toy.train(config, tmp_path / "local") == 0
+    assert toy.train(config, url, build=toy.stopping(signal.SIGTERM, after=6)) == 143
     assert Checkpoints(f"{url}/checkpoints").steps()[-1] == 7
     assert ".lock" not in Bucket(url).names()
-    assert train(config, url) == 0
+    assert toy.train(config, url) == 0
     assert "continuing from the checkpoint of step 7" in capsys.readouterr().out
-    got = Checkpoints(f"{url}/checkpoints").restore()
-    want = Checkpoints(tmp_path / "local" / "checkpoints").restore()
-    assert got[0] == want[0] == 10
-    assert got[1].keys() == want[1].keys()
-    for name, array in want[1].items():
-        assert got[1][name].tobytes() == array.tobytes(), name
+    assert_same_bits(final_arrays(url), final_arrays(tmp_path / "local"))
     names = Bucket(url).names()
     assert {"config.json", "curves.png", "ledger.jsonl", "metrics.jsonl"} < set(names)
     assert sum(name.startswith("events.out.tfevents") for name in names) == 2

@@ -11,13 +11,14 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from hybrid_flax.errors import InputError
-from hybrid_flax.run import checkpoints
+from hybrid_flax.run import checkpoint_files, orbax_io
 from hybrid_flax.run.checkpoint_files import FORMAT, CheckpointMismatchError
 from hybrid_flax.run.checkpoints import Checkpoints, CheckpointSaveError
 from hybrid_flax.run.saved_weights import load_weights
-from hybrid_flax.run.storage.steps import FolderSteps
+from hybrid_flax.run.storage.folder_steps import FolderSteps
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 FORMATS = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -321,9 +322,7 @@ def test_another_model_is_refused_with_every_difference(saved):
 
 
 def test_a_newer_format_asks_for_an_update(saved, monkeypatch):
-    pass
-
-    monkeypatch.setattr(checkpoints, "FORMAT", 0)
+    monkeypatch.setattr(checkpoint_files, "FORMAT", 0)
     with pytest.raises(ValueError, match="checkpoint format 1; .*reads up to 0. Update"):
         saved.restore()
 
@@ -351,14 +350,25 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next(saved, monkey
         def result(self):
             raise OSError("No space left on device")
 
-    pass
-
-    monkeypatch.setattr(
-        checkpoints.ocp, "save_checkpointables_async", lambda *args, **kwargs: Failing()
-    )
+    monkeypatch.setattr(orbax_io, "save_async", lambda *_: Failing())
     saved.save(40, tree(), {})
     with pytest.raises(CheckpointSaveError, match="step 40 .*No space left.*there is of step 30"):
         saved.save(50, tree(), {})
+
+
+def test_orbax_is_left_as_it_was(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        execution, "_check_directory_consistency", lambda directory: called.append(directory)
+    )
+    mine = execution._check_directory_consistency
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, small(), {})
+    assert execution._check_directory_consistency is mine
+    checkpoints.wait()
+    checkpoints.restore()
+    assert execution._check_directory_consistency is mine
+    assert not called  # other processes are not asked
 
 
 def test_weights_of_a_run_come_apart(tmp_path):

@@ -2,13 +2,13 @@ import errno
 import os
 
 import pytest
-from ml_collections import ConfigDict
 
 from hybrid_flax.run.workdir import Workdir
+from tests import tiny
 
 
 def enter(folder):
-    with Workdir(str(folder), ConfigDict({"seed": 1})) as run:
+    with Workdir(str(folder), tiny.settings()) as run:
         return run
 
 

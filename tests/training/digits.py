@@ -1,17 +1,18 @@
 """Small models that train on the digits, each with its own recipe."""
 
 import functools
-import importlib
 
 import jax
 from flax import nnx
 
-from hybrid_flax.config import build_model, check, resolve_classes
+import configs
+from hybrid_flax.build import build_model, resolve_classes
 from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import open_source
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.settings import from_config, replace
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import make_train_step, new_state
@@ -36,9 +37,10 @@ MODELS = {
 def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
     """(step, its first state, batches); `changes` by the config's field with "." as "__"."""
     config, source = _recipe(name)
-    config.batch_size = batch_size
-    config.update_from_flattened_dict(
-        {field.replace("__", "."): value for field, value in changes.items()}
+    config = replace(
+        config,
+        {"batch_size": batch_size}
+        | {field.replace("__", "."): value for field, value in changes.items()},
     )
     mesh = make_mesh(jax.devices()[:devices])
     model = bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
@@ -63,17 +65,15 @@ def prepare(name: str, batch_size: int, *, devices: int = 1, **changes):
 def _recipe(name: str):
     """(config, the digits)"""
     image_size, overrides = MODELS[name]
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.load(name)
     config.model.image_size = image_size
     config.model.dtype = "float32"
     with config.unlocked():
         config.model.overrides = overrides
     config.dataset.name = "digits"
     config.dataset.num_workers = 0
-    check(config)
     source = open_source("digits", "", "train")
-    resolve_classes(config, source)
-    return config, source
+    return resolve_classes(from_config(config), source), source
 
 
 @functools.cache

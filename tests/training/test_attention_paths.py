@@ -21,14 +21,14 @@ def one_window_at_a_time(monkeypatch):
 @pytest.mark.parametrize("name", ["gcvit_xxt", "unified_swin_micro"])
 def test_the_loss_curve_is_the_same_on_every_path(name):
     curves = {}
-    for attention in ("pallas", "xla"):
-        changes = {"model__attention": attention, "optimizer__learning_rate": 1e-3}
+    for implementation in ("pallas", "xla"):
+        changes = {"model__implementation": implementation, "optimizer__learning_rate": 1e-3}
         with recorded() as calls:
             step, state, batches = prepare(name, 2, **changes)
             step.trace(state, next(batches))
         kernels = {choices["cpu"].kernel for _, choices in calls}
-        assert kernels == {"tpu interpreted" if attention == "pallas" else None}
-        losses = curves[attention] = []
+        assert kernels == {"tpu interpreted" if implementation == "pallas" else None}
+        losses = curves[implementation] = []
         for batch in itertools.islice(batches, STEPS):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
@@ -37,7 +37,7 @@ def test_the_loss_curve_is_the_same_on_every_path(name):
 
 
 def test_a_step_on_eight_devices_gathers_no_batch():
-    step, state, batches = prepare("gcvit_xxt", 8, devices=8, model__attention="pallas")
+    step, state, batches = prepare("gcvit_xxt", 8, devices=8, model__implementation="pallas")
     text = step.lower(state, next(batches)).compile().as_text()
     assert "all-reduce" in text  # of the gradients
     assert "all-gather" not in text

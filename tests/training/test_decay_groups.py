@@ -1,12 +1,12 @@
 """Which parameters escape weight decay, for every family: by the authors' rules, and by name."""
 
-import importlib
 import re
 
 import jax
 import numpy as np
 import pytest
 
+import configs
 import convert
 import hybrid_flax
 from hybrid_flax.training.optimizers import decayed
@@ -89,7 +89,7 @@ def by_released_name(name):
     """{name in the release: (its shape there, whether it decays in our config)}"""
     model = bridge.abstract(lambda: hybrid_flax.create_model(name))
     weights = bridge.get_weights(model)
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.load(name)
     flags = decayed(weights["params"], config.optimizer)
     params = jax.tree.map(
         lambda leaf, flag: np.broadcast_to(np.float32(flag), leaf.shape), weights["params"], flags

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_flax.build import training_program
-from hybrid_flax.config import build_model
+from hybrid_flax.build import build_model, training_program
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.transfer import put
+from hybrid_flax.settings import from_config
 from hybrid_flax.training.step import make_eval_step, weights_of
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
@@ -37,7 +37,7 @@ def config(**overrides):
     config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in overrides.items()}
     )
-    return config
+    return from_config(config)
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def batch(seed):
 def run(count=8, **overrides):
     """([(loss, gradient norm)], final state) of two steps."""
     settings = config(**overrides)
-    mesh = make_mesh(jax.devices()[:count], **settings.mesh)
+    mesh = make_mesh(jax.devices()[:count], **vars(settings.mesh))
     program = training_program(settings, mesh, 10)
     state = put(jax.jit(program.begin)(weights()), program.shardings)
     metrics = []
@@ -70,10 +70,10 @@ def run(count=8, **overrides):
 def evaluated(state, count=8, **overrides):
     """Sums over a batch of the trained and of the averaged weights."""
     settings = config(**overrides)
-    mesh = make_mesh(jax.devices()[:count], **settings.mesh)
+    mesh = make_mesh(jax.devices()[:count], **vars(settings.mesh))
     program = training_program(settings, mesh, 10)
     apply, shardings = as_function(program.model), weights_of(program.shardings)
-    step = make_eval_step(apply, settings, mesh, shardings)
+    step = make_eval_step(apply, settings.dataset, mesh, shardings)
     images = to_devices(batch(9) | {"mask": np.ones(16, np.float32)}, mesh)
     return jax.device_get([step(weights, images) for weights in (weights_of(state), state["ema"])])
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 import hybrid_flax
 from configs import recipes
 from hybrid_flax.models.gcvit import GCViT
+from hybrid_flax.settings import from_config
 from hybrid_flax.training.optimizers import decayed, make_optimizer, trainable
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
@@ -14,7 +17,7 @@ from hybrid_flax.weights.paths import flatten
 
 def test_decay_follows_the_rank():
     model = bridge.abstract(lambda: hybrid_flax.create_model("gcvit_s"))
-    config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
+    config = from_config(recipes.gcvit("gcvit_s", batch_size=1024)).optimizer
     flags = flatten(decayed(bridge.get_weights(model)["params"], config))
     assert flags["stages/0/blocks/0/attn/position_bias"]  # rank 2: decayed, as the authors did
     assert flags["stem/conv/kernel"]
@@ -24,16 +27,16 @@ def test_decay_follows_the_rank():
 
 def test_decay_has_exceptions_by_path():
     params = {"a": {"gamma": jnp.ones(3)}, "b": {"table": jnp.ones((2, 2))}, "c": jnp.ones((2, 2))}
-    config = recipes.gcvit("gcvit_s", batch_size=1024).optimizer
-    config.decay_also, config.decay_never = (r"/gamma$",), (r"^b/",)
+    config = from_config(recipes.gcvit("gcvit_s", batch_size=1024)).optimizer
+    config = dataclasses.replace(config, decay_also=(r"/gamma$",), decay_never=(r"^b/",))
     assert flatten(decayed(params, config)) == {"a/gamma": True, "b/table": False, "c": True}
-    config.decay_never = ("gama",)
+    config = dataclasses.replace(config, decay_never=("gama",))
     with pytest.raises(ValueError, match=r"optimizer\.decay_never: 'gama' matches no parameter"):
         decayed(params, config)
 
 
 def test_lamb_scales_each_decayed_parameter_by_its_norm():
-    config = recipes.gramian("ga_convnext_t").optimizer
+    config = from_config(recipes.gramian("ga_convnext_t")).optimizer
     optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
     grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), params)
@@ -44,7 +47,7 @@ def test_lamb_scales_each_decayed_parameter_by_its_norm():
 
 
 def test_clipping_decay_and_step_size_of_adamw():
-    config = recipes.gcvit("gcvit_b", batch_size=4096).optimizer
+    config = from_config(recipes.gcvit("gcvit_b", batch_size=4096)).optimizer
     optimizer = make_optimizer(config, lambda step: 0.1, GCViT.structure)
     params = {"kernel": jnp.full((2, 2), 10.0), "bias": jnp.full(2, 10.0)}
     grads = {"kernel": jnp.full((2, 2), 1e3), "bias": jnp.full(2, 1e3)}
@@ -59,9 +62,8 @@ def test_clipping_decay_and_step_size_of_adamw():
 
 
 def config_of(**changes):
-    config = recipes.gcvit("gcvit_b", batch_size=4096).optimizer
-    config.update({"clip_norm": 0.0, **changes})
-    return config
+    config = from_config(recipes.gcvit("gcvit_b", batch_size=4096)).optimizer
+    return dataclasses.replace(config, **{"clip_norm": 0.0, **changes})
 
 
 SHAPES = {"block": {"kernel": (3, 4), "bias": (4,)}, "head": {"kernel": (4, 2), "bias": (2,)}}
@@ -112,7 +114,7 @@ def test_adamw_is_that_of_pytorch():
     config = config_of()
     assert_same(ours(config)[0], theirs(torch.optim.AdamW, config))
     # After one step the bias corrections are what is left: PyTorch computes them in float64.
-    config.weight_decay = 0.0
+    config = dataclasses.replace(config, weight_decay=0.0)
     first = ours(config, steps=1, rate=1.0)[0]["block/kernel"] - numbers(0)["block"]["kernel"]
     np.testing.assert_allclose(np.abs(first), 1, rtol=5e-7)
 
@@ -168,7 +170,7 @@ def test_every_kind_of_clipping():
         torch.nn.utils.clip_grad_value_(list(params.values()), 0.3)
 
     for config, clip in ((norm, by_norm), (value, by_value)):
-        config.update({"name": "sgd", "momentum": 0.0})
+        config = dataclasses.replace(config, name="sgd", momentum=0.0)
         assert_same(ours(config)[0], theirs(torch.optim.SGD, config, clip=clip))
 
 

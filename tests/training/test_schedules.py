@@ -1,13 +1,16 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from configs import recipes
+from hybrid_flax.settings import Optimizer, from_config
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 
 
 def test_the_schedule_of_gcvit():
-    config = recipes.gcvit("gcvit_b", batch_size=4096)
+    config = from_config(recipes.gcvit("gcvit_b", batch_size=4096))
     schedule = jax.jit(make_schedule(config.schedule, 5e-3, 312))
 
     def at(epoch):
@@ -24,7 +27,7 @@ def test_the_schedule_of_gcvit():
 
 
 def test_a_cosine_after_the_warm_up_begins_at_the_peak():
-    config = recipes.glnet("glnet_4g").schedule
+    config = from_config(recipes.glnet("glnet_4g")).schedule
     schedule = jax.jit(make_schedule(config, 2e-3, 625))
     warmup = [float(schedule(step)) for step in (0, 625, 5 * 625)]
     np.testing.assert_allclose(warmup, [0, 4e-4, 2e-3], rtol=1e-5)
@@ -33,7 +36,7 @@ def test_a_cosine_after_the_warm_up_begins_at_the_peak():
 
 
 def test_a_warm_up_may_reach_the_peak_with_its_last_step():
-    config = recipes.l2vit("l2vit_b").schedule
+    config = from_config(recipes.l2vit("l2vit_b")).schedule
     schedule = jax.jit(make_schedule(config, 4e-3, 312))
     peak = [float(schedule(20 * 312 + i)) for i in (-2, -1, 0, 1)]
     np.testing.assert_allclose(peak[1:3], 4e-3, rtol=1e-6)
@@ -42,14 +45,14 @@ def test_a_warm_up_may_reach_the_peak_with_its_last_step():
 
 
 def test_a_rate_may_change_between_epochs_only():
-    config = recipes.gramian("ga_convnext_t").schedule
+    config = from_config(recipes.gramian("ga_convnext_t")).schedule
     schedule = jax.jit(make_schedule(config, 5e-3, 1251))
     rates = [float(schedule(epoch * 1251 + 700)) for epoch in (0, 1, 2, 299)]
     np.testing.assert_allclose(rates, [1e-6, 1.667e-3, 3.334e-3, 1.137e-6], rtol=1e-3)
 
 
 def test_the_rate_of_token_labelling_is_an_epoch_late():
-    config = recipes.glnet_token_labelling("glnet_4g_tklb").schedule
+    config = from_config(recipes.glnet_token_labelling("glnet_4g_tklb")).schedule
     schedule = jax.jit(make_schedule(config, 2e-3, 625))
     rates = [float(schedule(epoch * 625 + 10)) for epoch in (0, 1, 2, 309)]
     np.testing.assert_allclose(rates[:3], [1e-6, 1e-6, 4.008e-4], rtol=1e-3)
@@ -57,20 +60,17 @@ def test_the_rate_of_token_labelling_is_an_epoch_late():
 
 
 def test_a_schedule_that_ends_before_it_begins_is_refused():
-    config = recipes.gcvit("gcvit_b", batch_size=4096).schedule
-    config.decay_epochs = 20.0
+    config = from_config(recipes.gcvit("gcvit_b", batch_size=4096)).schedule
+    config = dataclasses.replace(config, decay_epochs=20.0)
     with pytest.raises(ValueError, match="decay_epochs=20.0 ends before the warm-up of 20.0"):
         make_schedule(config, 1.0, 100)
 
 
 def rates(epochs, **changes):
     """At these epochs, of 10 steps each, of a schedule that goes from 1 to 0.1 in 10 epochs."""
-    config = recipes.l2vit("l2vit_b").schedule
-    config.update(
-        {"warmup_epochs": 2.0, "decay_epochs": 10.0, "min_learning_rate": 0.1}
-        | {"warmup_reaches_peak": False}
-        | changes
-    )
+    config = from_config(recipes.l2vit("l2vit_b")).schedule
+    changes = {"warmup_epochs": 2.0, "warmup_reaches_peak": False} | changes
+    config = dataclasses.replace(config, decay_epochs=10.0, min_learning_rate=0.1, **changes)
     schedule = jax.jit(make_schedule(config, 1.0, 10))
     return [round(float(schedule(round(epoch * 10))), 6) for epoch in epochs]
 
@@ -99,10 +99,9 @@ def test_one_cycle_as_l2vit_offers_it():
 
 
 def test_the_rate_scales_with_the_batch_only_if_asked():
-    config = recipes.gcvit("gcvit_b", batch_size=1024).optimizer
-    assert peak_learning_rate(config, 64) == 5e-3
-    config.learning_rate_for_batch = 512
-    assert peak_learning_rate(config, 64) == 5e-3 / 8
+    assert peak_learning_rate(Optimizer(learning_rate=5e-3), 64) == 5e-3
+    asked = Optimizer(learning_rate=5e-3, learning_rate_for_batch=512)
+    assert peak_learning_rate(asked, 64) == 5e-3 / 8
     # GLNet's rule where its rate is left empty, and what its README gives for 2048 images.
-    config.learning_rate, config.learning_rate_for_batch = 2.5e-4, 256
-    assert peak_learning_rate(config, 2048) == 2e-3
+    glnet = Optimizer(learning_rate=2.5e-4, learning_rate_for_batch=256)
+    assert peak_learning_rate(glnet, 2048) == 2e-3

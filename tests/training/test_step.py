@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from hybrid_flax.build import CompiledOnce
 from hybrid_flax.distributed.batch import check_batch_size, to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.models.gcvit import GCViT
+from hybrid_flax.settings import from_config, replace
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
 from hybrid_flax.training.step import (
@@ -27,7 +29,7 @@ from tests import reference
 VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
 
 
-def tiny_config():
+def tiny_config(changes=None):
     config = quickstart.get_config()
     with config.unlocked():
         config.model.overrides = dict(VARIANT)
@@ -38,7 +40,7 @@ def tiny_config():
     config.augment.cutmix_alpha = 1.0
     config.augment.mix_group = 4  # of 16: with eight devices, two hold one group
     config.augment.erasing_probability = 0.25
-    return config
+    return replace(from_config(config), changes or {})
 
 
 @functools.cache
@@ -94,13 +96,13 @@ def test_the_same_run_twice_gives_the_same_bits(one_device):
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
-    config = tiny_config()
-    config.model.drop_path = 0.0  # dropped paths are drawn per micro-batch
+    # Dropped paths are drawn per micro-batch.
+    whole_batch = tiny_config({"model.drop_path": 0.0})
     plain = reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.0, **VARIANT)
     apply, params = as_training_function(plain), bridge.get_weights(plain)
     results = []
     for count in (1, 2):
-        config.accumulation_steps = count
+        config = replace(whole_batch, {"accumulation_steps": count})
         mesh = make_mesh(jax.devices()[:4])
         schedule = make_schedule(config.schedule, 1e-3, 10)
         optimizer = make_optimizer(config.optimizer, schedule, GCViT.structure)
@@ -142,15 +144,16 @@ def test_no_collective_gathers_the_images():
 def augmented(step=0, mix_until=None, **changes):
     """(images, targets) of 64 images of the mean colour: what is not 0 afterwards is noise."""
     config = tiny_config()
-    config.dataset.mean = (0.2, 0.4, 0.6)
-    config.augment.cutmix_alpha = 0.0
-    config.augment.mix_group = 2
-    config.augment.erasing_probability = 1.0
-    config.augment.update(changes)
+    augment = dataclasses.replace(
+        config.augment, cutmix_alpha=0.0, mix_group=2, erasing_probability=1.0, **changes
+    )
+    dataset = dataclasses.replace(config.dataset, mean=(0.2, 0.4, 0.6))
     colour = np.uint8([51, 102, 153])  # 255 times the mean
     images = jnp.broadcast_to(jnp.asarray(colour), (64, 32, 32, 3))
     keys = jax.random.key(0), jax.random.key(1)
-    images, targets = augmented_batch(keys, images, jnp.eye(64), jnp.int32(step), config, mix_until)
+    images, targets = augmented_batch(
+        keys, images, jnp.eye(64), jnp.int32(step), augment, dataset, mix_until
+    )
     return np.asarray(images), np.asarray(targets)
 
 
@@ -194,15 +197,14 @@ def test_the_average_follows_the_parameters(one_device):
 
 
 def test_no_average_without_a_decay():
-    config = tiny_config()
-    config.ema_decay = 0.0
+    config = tiny_config({"ema_decay": 0.0})
     _, state = build(config, make_mesh(jax.devices()[:1]))
     assert "ema" not in state
 
 
 def test_evaluation_counts_what_the_mask_says():
     config, mesh = tiny_config(), make_mesh(jax.devices())
-    step = make_eval_step(as_function(model()), config, mesh)
+    step = make_eval_step(as_function(model()), config.dataset, mesh)
     images = batch(16)
     mask = (np.arange(16) < 11).astype(np.float32)
     sums = step(bridge.get_weights(model()), to_devices(images | {"mask": mask}, mesh))
@@ -221,7 +223,7 @@ def test_evaluation_counts_what_the_mask_says():
 
 def test_not_a_number_is_not_counted_as_right():
     config, mesh = tiny_config(), make_mesh(jax.devices()[:1])
-    step = make_eval_step(lambda params, images: jnp.full((16, 10), jnp.nan), config, mesh)
+    step = make_eval_step(lambda params, images: jnp.full((16, 10), jnp.nan), config.dataset, mesh)
     labels = np.full(16, 5, np.int32)
     mask = np.ones(16, np.float32)
     sums = step({}, to_devices(batch(16) | {"label": labels, "mask": mask}, mesh))

@@ -1,15 +1,13 @@
-"""What a config can ask of the step beside the recipes, on a model of one matrix and a scale."""
+"""Options of the training step beside the recipes, on a model of one matrix and a scale."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from configs import finetune, recipes
-from hybrid_flax.config import check
 from hybrid_flax.distributed.mesh import make_mesh
-from hybrid_flax.errors import InputError
 from hybrid_flax.models.gcvit import GCViT
+from hybrid_flax.settings import from_config
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
 
@@ -26,6 +24,7 @@ def steps(config, count):
     """The states after each step."""
     config.model.num_classes = 4
     config.augment.mixup_alpha = config.augment.cutmix_alpha = 0.0
+    config = from_config(config)
     rng = np.random.default_rng(0)
     weights = {
         "params": {
@@ -93,29 +92,3 @@ def test_an_average_may_warm_up():
     for step, decay in enumerate((1 / 10, 0.15, 0.15)):  # then 2/11 and 3/12 would be more
         average = decay * average + (1 - decay) * bias[step + 1]
         np.testing.assert_allclose(states[step + 1]["ema"]["params"]["head"]["bias"], average, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("optimizer.name", "adam", "one of 'adamw', 'lamb', 'sgd', 'lion', 'adafactor'"),
-        ("optimizer.learning_rate_for_batch", -1, "a number from 0"),
-        ("optimizer.b2", 1.0, "a number from 0 to below 1"),
-        ("optimizer.momentum", 1.5, "a number from 0 to below 1"),
-        ("optimizer.layer_decay", 0.0, "a number above 0, up to 1 (off)"),
-        ("optimizer.freeze", ("(",), "regular expressions"),
-        ("optimizer.weight_decay", -0.1, "a number from 0"),
-        ("optimizer.clip_value", -1.0, "a number from 0"),
-        ("optimizer.clip_adaptive", -1.0, "a number from 0"),
-        ("schedule.name", "cosin", "one of 'cosine', 'linear', 'constant', 'step', 'onecycle'"),
-        ("schedule.step_factor", 1.0, "a number above 0 and below 1"),
-        ("schedule.step_epochs", 0.0, "a number above 0"),
-        ("schedule.warmup_epochs", -1.0, "a number from 0"),
-    ],
-)
-def test_unusable_fields_are_named(field, value, expected):
-    config = recipe()
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(InputError) as error:
-        check(config)
-    assert str(error.value) == f"--config.{field}={value!r}: expected {expected}"

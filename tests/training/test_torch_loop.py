@@ -6,7 +6,6 @@ layouts of the released checkpoints. Outputs and gradients of the model at the l
 from our compiled step: that these are the official ones is what `tests/parity.py` measures.
 """
 
-import importlib
 import math
 from typing import NamedTuple
 
@@ -18,9 +17,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+import configs
 import convert
 import hybrid_flax
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.settings import from_config
 from hybrid_flax.training import step as step_module
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
@@ -223,7 +224,7 @@ def test_ten_steps(name, monkeypatch):
     recipe = RECIPES[name]._replace(peak=RECIPES[name].peak * SLOWER)
     size, overrides = MODELS[name]
     fields = {"num_classes": CLASSES, "image_size": size, "drop_path": 0.0, **overrides}
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.load(name)
     config.model.num_classes = CLASSES
     config.augment.mixup_alpha = config.augment.cutmix_alpha = 0.0
     config.augment.erasing_probability = 0.0
@@ -232,6 +233,7 @@ def test_ten_steps(name, monkeypatch):
     config.ema_decay *= EMA / max(config.ema_decay, EMA)
     config.schedule.warmup_epochs = float(WARMUP)
     config.schedule.decay_epochs = STEPS / PER_EPOCH
+    config = from_config(config)
     monkeypatch.setattr(step_module, "normalise", lambda images, mean, std: images)
 
     model = reference.model(name, **fields)

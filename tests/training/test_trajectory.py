@@ -5,7 +5,6 @@ weights nudged in the last place); of the recorded mistakes (no clipping, other 
 each is outside at least one of them.
 """
 
-import importlib
 import json
 from typing import NamedTuple
 
@@ -14,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configs
 import convert
 import hybrid_flax
 from hybrid_flax.distributed.mesh import make_mesh, replicated
+from hybrid_flax.settings import Settings, from_config
 from hybrid_flax.training import step as step_module
 from hybrid_flax.training.optimizers import decayed, make_optimizer
 from hybrid_flax.weights import bridge
@@ -31,7 +32,7 @@ MODELS = {"gcvit_xxt": "gcvit", "unified_swin_micro": "stm"}
 class Trajectory(NamedTuple):
     golden: dict
     arrays: dict[str, np.ndarray]
-    config: object
+    config: Settings
     model: object
     metrics: list[dict]
     before: dict[str, np.ndarray]  # under the names and in the layouts of the release
@@ -51,11 +52,12 @@ def trained(request) -> Trajectory:
     model = bridge.abstract(lambda: hybrid_flax.create_model(name, drop_path=0.0))
     convert.load_state_dict(model, golden_state(record))
     run = golden["run"]
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.load(name)
     config.model.num_classes = 1000
     config.ema_decay = run["ema_decay"]
     config.augment.mixup_alpha = config.augment.cutmix_alpha = 0.0
     config.augment.erasing_probability = 0.0
+    config = from_config(config)
     rates = jnp.asarray(run["lr"], jnp.float32)
 
     def schedule(step):

@@ -1,1 +1,1 @@
-"""What training does to an image, with Pillow's operations: flips, jitter, policies."""
+"""Changes that training makes to an image, with Pillow's operations: flips, jitter, policies."""

@@ -102,7 +102,8 @@ class AutoAugment:
         """Reads `original`, `v0-mstd0.5` and the like; InputError for anything else."""
         name = text.partition("-")[0]
         form = f"{name} or {name}-mstd0.5, with the deviation of the magnitudes"
-        return cls(SUB_POLICIES[name], spread_of(read_options(text, name, form, numbers=("mstd",))))
+        numbers, _ = read_options(text, name, form, numbers=("mstd",))
+        return cls(SUB_POLICIES[name], spread_of(numbers))
 
     def draw(self, rng: np.random.Generator, interpolation: str) -> list[Operation]:
         return [

@@ -6,7 +6,7 @@ label map) can be moved by the same list.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +34,16 @@ def _hue(photo, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-_WITHOUT_ARGUMENT = {
+_WITHOUT_ARGUMENT: dict[str, Callable[[Image.Image], Image.Image]] = {
     "AutoContrast": ImageOps.autocontrast,
     "Equalize": ImageOps.equalize,
     "Invert": ImageOps.invert,
     "FlipLeftRight": ImageOps.mirror,
     "FlipTopBottom": ImageOps.flip,
 }
-_COLOUR = {
+_COLOUR: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Posterize": _posterize,
-    "Solarize": ImageOps.solarize,
+    "Solarize": lambda photo, threshold: ImageOps.solarize(photo, math.ceil(threshold)),
     "SolarizeAdd": _solarize_add,
     "Color": lambda photo, factor: ImageEnhance.Color(photo).enhance(factor),
     "Contrast": lambda photo, factor: ImageEnhance.Contrast(photo).enhance(factor),
@@ -52,7 +52,10 @@ _COLOUR = {
     "Hue": _hue,
     "GaussianBlur": lambda photo, radius: photo.filter(ImageFilter.GaussianBlur(radius)),
 }
-_AFFINE = {  # Pillow's six numbers, from a place in the result to one in the photo
+Matrix = tuple[float, float, float, float, float, float]
+_AFFINE: dict[
+    str, Callable[[float, tuple[int, int]], Matrix]
+] = {  # Pillow's six numbers, from a place in the result to one in the photo
     "ShearX": lambda shear, size: (1, shear, 0, 0, 1, 0),
     "ShearY": lambda shear, size: (1, 0, 0, shear, 1, 0),
     "TranslateX": lambda part, size: (1, 0, part * size[0], 0, 1, 0),
@@ -71,7 +74,7 @@ def augment_op(
     fill: tuple[int, int, int] = (124, 116, 104),
     interpolation: str = "bicubic",
 ) -> Image.Image:
-    """One operation of RandAugment (arXiv:1909.13719) or its relatives; Pillow image → the same.
+    """Applies one operation of RandAugment (arXiv:1909.13719) or its relatives to a Pillow image.
 
     Args:
       photo: RGB.
@@ -95,14 +98,17 @@ def augment_op(
     if len(args) != expected:
         raise InputError(f"{name} takes {expected} argument(s), got {len(args)}: {args}")
     resample = pillow_filter(interpolation)
+    if name in _WITHOUT_ARGUMENT:
+        return _WITHOUT_ARGUMENT[name](photo)
+    (argument,) = args
     if name == "Rotate":
-        return photo.rotate(*args, resample=resample, fillcolor=tuple(fill))
+        return photo.rotate(argument, resample=resample, fillcolor=tuple(fill))
     if name in _AFFINE:
-        matrix = _AFFINE[name](*args, photo.size)
+        matrix = _AFFINE[name](argument, photo.size)
         return photo.transform(
             photo.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=tuple(fill)
         )
-    return (_WITHOUT_ARGUMENT | _COLOUR)[name](photo, *args)
+    return _COLOUR[name](photo, argument)
 
 
 class Operation(NamedTuple):
@@ -130,14 +136,14 @@ class Operation(NamedTuple):
             cos, sin = math.cos(angle), math.sin(angle)
             matrix, centre = np.array([[cos, -sin], [sin, cos]]), np.array(size) / 2
             return matrix, centre - matrix @ centre
-        a, b, c, d, e, f = _AFFINE[self.name](*self.args, size)
+        a, b, c, d, e, f = _AFFINE[self.name](self.args[0], size)
         return np.array([[a, b], [d, e]]), np.array([c, f])
 
 
 def apply_operations(
     photo: Image.Image, operations: Iterable[Operation], *, fill: tuple[int, int, int]
 ) -> Image.Image:
-    """The operations in turn on one RGB photo."""
+    """Applies the operations in turn to one RGB photo."""
     for name, args, interpolation, own_fill in operations:
         photo = augment_op(photo, name, *args, fill=own_fill or fill, interpolation=interpolation)
     return photo
@@ -151,5 +157,6 @@ def draw_interpolation(interpolation: str, rng: np.random.Generator) -> str:
 
 
 def fill_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The dataset's mean colour, 0..1, as timm rounds it for filling: (124, 116, 104)."""
-    return tuple(min(255, round(255 * value)) for value in mean)
+    """Rounds the dataset's mean colour, 0..1, as timm does for filling: (124, 116, 104)."""
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    return red, green, blue

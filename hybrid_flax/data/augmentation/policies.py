@@ -1,4 +1,4 @@
-"""Which operations an image gets: the policies that `augment.auto_augment` and its neighbours name.
+"""Policies that `augment.auto_augment` and its neighbours name: which operations an image gets.
 
 A policy draws a list of operations for one image from a random generator; applying them is
 `augment.apply_operations`. Strings, sets and magnitudes mean what they mean in timm 1.0, and in
@@ -17,10 +17,10 @@ from hybrid_flax.errors import InputError
 
 
 class Policy(Protocol):
-    """What to do to an image. Instances are pickled into data-loading processes."""
+    """Draws what is done to an image. Instances are pickled into data-loading processes."""
 
     def draw(self, rng: np.random.Generator, interpolation: str) -> list[Operation]:
-        """Operations for one image; with `interpolation="random"`, bilinear or bicubic for each."""
+        """Draws one image's operations; with `interpolation="random"`, bilinear or bicubic each."""
         ...
 
 
@@ -78,7 +78,7 @@ class TrivialAugment:
 
 
 def trivial_operation(name: str, step: int, sign: int) -> Operation | None:
-    """A name of TrivialAugment's wide space at a step of 0 to 30; None for the identity."""
+    """Makes an operation of TrivialAugment's wide space at a step of 0 to 30; None: identity."""
     if name == "Identity":
         return None
     args = (_WIDE[name](step, sign),) if name in _WIDE else ()
@@ -126,7 +126,7 @@ class Chain:
 def parse_policy(
     text: str, colour_jitter: tuple[float, float, float, float] = (0.0,) * 4
 ) -> Policy | None:
-    """The policy that a config asks for; None where nothing is to be done.
+    """Makes the policy that a config asks for; None where nothing is to be done.
 
     As in timm, colour jitter is dropped where `text` names a policy, except beside 3-Augment, of
     which it is a part.
@@ -139,7 +139,7 @@ def parse_policy(
     Raises:
       InputError: `text` is none of these; the message says what is.
     """
-    policies = []
+    policies: list[Policy] = []
     name = text.partition("-")[0]
     if text in ("trivial-wide", "ta_wide"):
         policies.append(TrivialAugment())

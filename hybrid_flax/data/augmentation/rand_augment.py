@@ -16,7 +16,8 @@ _PLAIN = (
 _INCREASING = tuple(
     f"{name}Increasing" if f"{name}Increasing" in ARGUMENTS else name for name in _PLAIN
 )
-_SETS = {  # {t: {name: weight}, or names that are all as likely}
+# {t: {name: weight}, or names that are all as likely}
+_SETS: dict[str, tuple[str, ...] | dict[str, float]] = {
     "weights": {
         "Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateX": 1, "TranslateY": 1,
         "ColorIncreasing": 0.25, "SharpnessIncreasing": 0.25, "AutoContrast": 0.25,
@@ -57,7 +58,7 @@ class RandAugment:
     @classmethod
     def parse(cls, text: str) -> "RandAugment":
         """Reads `rand-m9-mstd0.5-inc1`; InputError for anything else."""
-        options = read_options(
+        options, sets = read_options(
             text, "rand", _FORM, numbers=("m", "mstd", "mmax", "n", "p", "inc"), names={"t": _SETS}
         )
         spread = spread_of(options)
@@ -65,12 +66,14 @@ class RandAugment:
         layers = options.get("n", 2)
         probability = options.get("p", 0.5)
         increasing = options.get("inc", 0)
-        names, weights = _PLAIN if not increasing else _INCREASING, None
-        if "t" in options:  # then, as in timm, inc changes nothing
-            names = tuple(_SETS[options["t"]])
-            if isinstance(_SETS[options["t"]], dict):
-                total = sum(_SETS[options["t"]].values())
-                weights = tuple(weight / total for weight in _SETS[options["t"]].values())
+        names: tuple[str, ...] = _PLAIN if not increasing else _INCREASING
+        weights: tuple[float, ...] | None = None
+        if "t" in sets:  # then, as in timm, inc changes nothing
+            chosen = _SETS[sets["t"]]
+            names = tuple(chosen)
+            if isinstance(chosen, dict):
+                total = sum(chosen.values())
+                weights = tuple(weight / total for weight in chosen.values())
         for is_fine, expected in (
             (magnitude <= spread.highest, f"m must be 0 to {spread.highest:g}; mmax raises that"),
             (layers >= 1 and layers == int(layers), "n must be a whole number of at least 1"),

@@ -1,9 +1,9 @@
-"""Where images come from: random access by index, one small interface.
+"""Sources of images: random access by index, one small interface.
 
 `base.py` says what a source is; each kind of storage has a file.
 """
 
-import ml_collections
+from collections.abc import Callable
 
 from hybrid_flax.data.sources.base import (
     Encoded,
@@ -19,6 +19,7 @@ from hybrid_flax.data.sources.part import Subset, part_of, split_name
 from hybrid_flax.data.sources.tables import HuggingFace
 from hybrid_flax.data.sources.tars import TarShards
 from hybrid_flax.data.sources.tfds import TfdsSource
+from hybrid_flax.settings import Dataset
 
 __all__ = [
     "Encoded",
@@ -62,13 +63,14 @@ def open_source(
         base, part = split_name(wanted)
         train, _ = split_name(train_split)
         source = _OURS[name](path, base, train, index)
-        source = part_of(source, part, wanted) if part else source
+        if part:
+            source = part_of(source, part, wanted)
     else:
         source = TfdsSource(name, path, wanted)
     return InMemory(source) if cache else source
 
 
-_OURS = {
+_OURS: dict[str, Callable[[str, str, str, str], EncodedSource]] = {
     "digits": lambda path, split, train, index: Digits(split),
     "image_folder": lambda path, split, train, index: ImageFolder(path, split, train),
     "list_files": lambda path, split, train, index: ListFiles(path, split, train),
@@ -79,8 +81,8 @@ _OURS = {
 }
 
 
-def source_of(dataset: ml_collections.ConfigDict, split: str) -> EncodedSource:
-    """The split, "train" or "val", of a config's `dataset`."""
+def source_of(dataset: Dataset, split: str) -> EncodedSource:
+    """Opens the split, "train" or "val", that the settings name."""
     return open_source(
         dataset.name,
         dataset.path,

@@ -1,6 +1,7 @@
-"""What every source of images is, and what those that hold encoded files share."""
+"""The interface of all sources of images, and the base of those that hold encoded files."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,15 +24,32 @@ class Source(Protocol):
     again there when first needed.
     """
 
-    num_classes: int
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; labels lie below it."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes; None where the data has none."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels of all images, int [N]; None where finding out means reading every image."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """(photo, label). The photo may be opened only: `images.rgb` decodes it.
+        """Reads (photo, label). The photo may be opened only: `images.rgb` decodes it.
 
         Raises UnreadableImageError, which names the image.
         """
+        ...
+
+    def name(self, index: int) -> str:
+        """Names an image for messages, and to find its label map: a path, where it has one."""
         ...
 
 
@@ -44,27 +62,24 @@ class Encoded(NamedTuple):
 
 
 class EncodedSource:
-    """A source of encoded image files: `read` is what a kind of storage has to define.
+    """A source of encoded image files.
 
-    Attributes:
-      num_classes: how many there are; labels lie below it.
-      class_names: their names; None where the data has none.
-      labels: int array [N] of all labels; None where finding out means reading every image.
+    A kind of storage defines `read`, `__len__` and what a `Source` says of its classes.
     """
 
     num_classes: int
-    class_names: list[str] | None = None
+    class_names: Sequence[str] | None = None
     labels: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        raise NotImplementedError
 
     def read(self, index: int) -> Encoded:
-        """The image's bytes. Raises UnreadableImageError, which names it."""
+        """Reads an image's bytes. Raises UnreadableImageError, which names it."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What `read` calls it: a path, where the image has one."""
+        """Names an image as `read` does, which a kind of storage may know without reading."""
         return self.read(index).name
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -72,8 +87,17 @@ class EncodedSource:
         return open_photo(data, name), label
 
 
+class LabelledSource(EncodedSource):
+    """An encoded source that knows all labels from the start."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
-    """InputError naming the first label that is no class number."""
+    """Raises InputError naming the first label that is no class number."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise InputError(
@@ -84,14 +108,14 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
 
 
 def fingerprint(source: Source) -> dict[str, int | str]:
-    """What must not change while a run goes on: an image's number stands for it in every epoch."""
-    labels = getattr(source, "labels", None)
+    """Sums up what must not change while a run goes on, since an image is known by its number."""
+    labels = source.labels
     known = {} if labels is None else {"labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
     return {"images": len(source), "classes": source.num_classes, **known}
 
 
 def check_same_data(source: Source, before: dict[str, int | str], step: int) -> None:
-    """InputError if the training images are not those that a checkpoint was made with."""
+    """Raises InputError if the training images are not those a checkpoint was made with."""
     now = fingerprint(source)
     changes = [
         f"{name}: {before[name]} then, {now[name]} now"

@@ -5,10 +5,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from hybrid_flax.data.sources.base import Encoded, EncodedSource
+from hybrid_flax.data.sources.base import Encoded, LabelledSource
 
 
-class Digits(EncodedSource):
+class Digits(LabelledSource):
     """1,797 handwritten digits of 8×8 grey pixels (UCI, bundled with scikit-learn).
 
     A fixed random fifth, 360 images, is the "val" split.

@@ -5,11 +5,11 @@ import os
 import numpy as np
 
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, TRY_DIGITS, Encoded, EncodedSource
+from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, TRY_DIGITS, Encoded, LabelledSource
 from hybrid_flax.errors import InputError
 
 
-class _Files(EncodedSource):
+class _Files(LabelledSource):
     _files: list[str]
 
     def name(self, index: int) -> str:

@@ -23,7 +23,7 @@ def split_name(text: str) -> tuple[str, str]:
 class Subset(EncodedSource):
     """Some images of another source."""
 
-    def __init__(self, source: EncodedSource, chosen: Sequence[int]):
+    def __init__(self, source: EncodedSource, chosen: Sequence[int] | np.ndarray):
         self._source, self._chosen = source, np.asarray(chosen, np.int64)
         self.num_classes, self.class_names = source.num_classes, source.class_names
         if source.labels is not None:

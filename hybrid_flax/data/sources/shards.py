@@ -1,4 +1,4 @@
-"""Which files of a folder belong to a split, by their names, as the Hugging Face Hub does it."""
+"""Finds the files of a split by their names, as the Hugging Face Hub does it."""
 
 import os
 import re
@@ -10,7 +10,7 @@ _OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validat
 
 
 def find_shards(kind: str, path: str, split: str, endings: tuple[str, ...]) -> list[str]:
-    """The files below `path`, sorted, with one of the endings and the split's name in their path.
+    """Finds files below `path`, sorted, with one of the endings and the split's name in them.
 
     The name must stand alone: `train-00000.parquet`, `data/imagenet-train-17.tar`, `val/3.tar`,
     not `trainer.tar`. "val" is also found as valid, validation, dev, and, failing these, test.

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.sources.base import Encoded, EncodedSource, check_labels
+from hybrid_flax.data.sources.base import Encoded, LabelledSource, check_labels
 from hybrid_flax.data.sources.shards import find_shards
 from hybrid_flax.errors import InputError
 
@@ -16,7 +16,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _KEPT_ROW_GROUPS = 8  # of Parquet files, decoded, in each process
 
 
-class HuggingFace(EncodedSource):
+class HuggingFace(LabelledSource):
     """`data/train-00000-of-00005.parquet`, or the `.arrow` files of `Dataset.save_to_disk`.
 
     One column is an image ({bytes, path}), one, named label, labels or fine_label, its class
@@ -115,7 +115,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """The same of the record batches of an Arrow file, mapped into memory."""
+    """Reads, as `_Parquet`, the record batches of an Arrow file, mapped into memory."""
 
     def __init__(self, path: str):
         import pyarrow as pa
@@ -175,7 +175,7 @@ def _integers(table: "_Parquet | _Arrow", column: str) -> np.ndarray:
 
 
 def _class_names(schema, file: str, label: str) -> list[str] | None:
-    """Of the ClassLabel feature, which stands in the schema or in a file beside the data."""
+    """Finds the ClassLabel feature, which stands in the schema or in a file beside the data."""
     beside = os.path.join(os.path.dirname(file), "dataset_info.json")
     if b"huggingface" in (schema.metadata or {}):
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]

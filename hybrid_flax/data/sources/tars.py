@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, Encoded, EncodedSource, check_labels
+from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, Encoded, LabelledSource, check_labels
 from hybrid_flax.data.sources.shards import find_shards
 from hybrid_flax.errors import InputError
 
@@ -20,7 +20,7 @@ _LABEL_SUFFIXES = (".cls", ".label", ".json")
 _LABEL_KEYS = ("label", "cls", "class_id")  # in .json
 
 
-class TarShards(EncodedSource):
+class TarShards(LabelledSource):
     """`*train*.tar`, `*val*.tar`: per image `KEY.jpg` and its class number beside it.
 
     The number is the text of `KEY.cls` (or `.label`), or stands in `KEY.json` under label, cls or
@@ -69,7 +69,7 @@ class TarShards(EncodedSource):
 
 
 def _load_index(shards: list[str], folder: str, split: str) -> dict[str, np.ndarray]:
-    """Of every image the shard's number, offset, size, label and name; made where it is missing."""
+    """Reads, or makes, columns of all images: the shard's number, offset, size, label, name."""
     stamp = json.dumps([(os.path.abspath(s), *_stamp(s)) for s in shards])
     # Beside the shards one file per split; in a folder for many datasets, one per dataset as well.
     key = hashlib.sha256(os.path.abspath(os.path.dirname(shards[0])).encode()).hexdigest()[:12]
@@ -87,7 +87,7 @@ def _load_index(shards: list[str], folder: str, split: str) -> dict[str, np.ndar
     if not parts:
         raise InputError(f"there are no images in {shards[0]} and the other shards of {split!r}")
     columns = list(zip(*parts, strict=True))
-    table = {
+    table: dict[str, np.ndarray] = {
         "shard": np.array(columns[0], np.int32),
         "offset": np.array(columns[1], np.int64),
         "size": np.array(columns[2], np.int64),
@@ -95,7 +95,7 @@ def _load_index(shards: list[str], folder: str, split: str) -> dict[str, np.ndar
         "name": np.array([name.encode() for name in columns[4]]),
     }
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as stream:
-        np.savez(stream, stamp=stamp, **table)
+        np.savez(stream, allow_pickle=False, stamp=np.array(stamp), **table)
     os.replace(stream.name, file)
     return table
 
@@ -137,7 +137,9 @@ def _scan(shard: str) -> list[tuple[int, int, int, str]]:
                         )
                     images[key] = member.offset_data, member.size, member.name
                 elif suffix in _LABEL_SUFFIXES:
-                    label = _label(archive.extractfile(member).read(), suffix)
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a file
+                    label = _label(content.read(), suffix)
                     if label is not None:
                         labels[key] = label
     except tarfile.TarError as error:

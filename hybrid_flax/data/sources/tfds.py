@@ -53,7 +53,8 @@ class TfdsSource(EncodedSource):
             ) from error
         self._name = f"{name}/{found}"
         label = builder.info.features["label"]
-        self.num_classes, self.class_names = label.num_classes, label.names
+        self.num_classes: int = label.num_classes
+        self.class_names: list[str] = label.names
 
     def __len__(self) -> int:
         return len(self._records)

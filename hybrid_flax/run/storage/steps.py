@@ -1,164 +1,54 @@
-"""Where the steps of a run's checkpoints are kept: a local folder or object storage."""
+"""The place where the steps of a run's checkpoints are kept: a local folder or object storage."""
 
-import contextlib
-import logging
 import os
-import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from etils import epath
 
-from hybrid_flax.errors import TrainingError
-from hybrid_flax.run.storage.bucket import Bucket, files_in, scratch
-
-COMPLETE = "hybrid_flax_complete"
-
-
-def _check_whole(folder: epath.Path, there: dict[str, int]) -> None:
-    """A copy that was cut short is not always an error of the driver; it is OSError here."""
-    for name, size in there.items():
-        here = os.path.getsize(folder / name)
-        if here != size:
-            raise OSError(f"the copy of {name} is not whole: {here} bytes here, {size} there")
+from hybrid_flax.run.storage.bucket import is_bucket
+from hybrid_flax.run.storage.bucket_steps import BucketSteps
+from hybrid_flax.run.storage.folder_steps import FolderSteps
 
 
-class BucketSteps:
-    """The steps of a run's checkpoints on object storage; as `FolderSteps` for a local folder."""
+class Steps(Protocol):
+    """The finished steps of a run's checkpoints; its `str` is their path or URL.
 
-    KEPT_HERE = False  # only the one that is being written or read
-    ELSEWHERE = "set TMPDIR to a folder on another disk"
+    Attributes:
+      folder: the local folder in which a new step is written.
+      kept_here: whether all steps are in it, or only the one that is written or read.
+      elsewhere: what a user can do to have the folder on another disk.
+    """
 
-    def __init__(self, url: str):
-        self._bucket = Bucket(url)
-        self.folder = epath.Path(scratch())
-
-    def __str__(self) -> str:
-        return self._bucket.url
+    folder: epath.Path
+    kept_here: bool
+    elsewhere: str
 
     def steps(self) -> list[int]:
-        with self._outages():
-            return sorted(self._finished(self._bucket.names()))
+        """Lists the finished ones, ascending."""
+        ...
 
     def finish(self, step: int) -> None:
-        """Copies a step that was written here."""
-        folder = self.folder / str(step)
-        names = files_in(folder)
-        self._bucket.upload(folder, names, str(step))
-        there = self._bucket.sizes(str(step))
-        _check_whole(folder, {name: there.get(name, 0) for name in names})
-        self._bucket.write(f"{step}/{COMPLETE}", "")
-        folder.rmtree()
+        """Takes over a step that was written into `folder`; OSError if that cannot be done."""
+        ...
 
-    @contextlib.contextmanager
-    def open(self, step: int) -> Iterator[epath.Path]:
-        """A local folder with the step in it."""
-        folder = self.folder / f"read-{step}"
-        try:
-            with self._outages():  # which say nothing about the checkpoint itself
-                there = self._bucket.sizes(str(step))
-                self._bucket.download(there, folder, str(step))
-                _check_whole(folder, there)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def open(self, step: int) -> AbstractContextManager[epath.Path]:
+        """Gives a local folder with the step in it."""
+        ...
 
     def delete(self, step: int) -> None:
-        """That it cannot be deleted is no reason to stop."""
-        try:
-            self._remove(step)
-        except OSError as error:
-            logging.warning("cannot delete %s/%d: %s. Training goes on", self, step, error)
-
-    def _remove(self, step: int):
-        self._bucket.delete([f"{step}/{COMPLETE}"])  # what is half deleted is no checkpoint
-        self._bucket.delete(f"{step}/{name}" for name in self._bucket.names(str(step)))
+        """Deletes a step; that it cannot be deleted is a warning, and no reason to stop."""
+        ...
 
     def set_aside(self, step: int) -> str:
         """Moves a step to `damaged/` beside the others; says where to."""
-        run = Bucket(os.path.dirname(self._bucket.url))
-        here = os.path.basename(self._bucket.url)
-        with self._outages():
-            for name in self._bucket.names(str(step)):
-                run.copy(f"{here}/{step}/{name}", f"damaged/{step}/{name}")
-            self._remove(step)
-        return f"{run.url}/damaged/{step}"
+        ...
 
     def delete_unfinished(self) -> None:
-        with self._outages():
-            names = self._bucket.names()
-            finished = {str(step) for step in self._finished(names)}
-            self._bucket.delete(name for name in names if name.split("/")[0] not in finished)
-
-    @staticmethod
-    def _finished(names: list[str]) -> list[int]:
-        parts = [name.split("/") for name in names]
-        return [int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE]]
-
-    @contextlib.contextmanager
-    def _outages(self):
-        try:
-            yield
-        except OSError as error:
-            raise TrainingError(
-                f"cannot read or change the checkpoints in {self}: {error}. Nothing is lost; the "
-                "same command tries again"
-            ) from error
+        """Deletes what interrupted saves have left."""
+        ...
 
 
-class FolderSteps:
-    """The steps of a run's checkpoints in a local folder, where Orbax renames what is finished."""
-
-    KEPT_HERE = True
-    ELSEWHERE = "choose another --workdir"
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = epath.Path(os.path.abspath(folder))  # Orbax reads from no other
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def steps(self) -> list[int]:
-        if not self.folder.exists():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-
-    def finish(self, step: int) -> None:
-        """Of a step that Orbax has written into the folder."""
-
-    @contextlib.contextmanager
-    def open(self, step: int) -> Iterator[epath.Path]:
-        """A local folder with the step in it."""
-        yield self.folder / str(step)
-
-    def delete(self, step: int) -> None:
-        """That it cannot be deleted is no reason to stop."""
-        path = self.folder / str(step)
-        with _warned(path):
-            # What is half deleted must not pass for a checkpoint.
-            path = path.rename(path.with_name(f"{step}.deleted"))
-            with _warned(path):
-                path.rmtree()
-
-    def set_aside(self, step: int) -> str:
-        """Moves a step to `damaged/` beside the others; says where to."""
-        target = self.folder.parent / "damaged" / str(step)
-        if target.exists():
-            target.rmtree()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / str(step)).rename(target)
-        return str(target)
-
-    def delete_unfinished(self) -> None:
-        if self.folder.exists():
-            for path in self.folder.iterdir():
-                if not path.name.isdigit():
-                    with _warned(path):
-                        path.rmtree()
-
-
-@contextlib.contextmanager
-def _warned(path: epath.Path):
-    try:
-        yield
-    except OSError as error:
-        logging.warning("cannot delete %s: %s. Training goes on; delete it by hand", path, error)
+def open_steps(directory: str | os.PathLike) -> Steps:
+    """Opens the checkpoints in a local folder, which need not be there, or on object storage."""
+    return BucketSteps(os.fspath(directory)) if is_bucket(directory) else FolderSteps(directory)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from hybrid_flax.build import Program, training_program
-from hybrid_flax.config import check
+from hybrid_flax import settings
+from hybrid_flax.build import Program, checked, training_program
 from hybrid_flax.costs import compile_only
-from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
 from hybrid_flax.costs.targets import GIB, Target, find_target, set_up
 from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batch_size
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import memory_table
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings import Settings
 from hybrid_flax.versions import versions
 from pallas.dispatch import Call, recorded
 
@@ -81,14 +81,12 @@ def _with_code(compiled: jax.stages.Compiled) -> tuple[str, int, int]:
     return text, peak, memory.temp_size_in_bytes
 
 
-def lower(
-    config: ml_collections.ConfigDict, target: Target
-) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """Lowers the config's training step for the target; returns what is known of it, too."""
-    config = ml_collections.ConfigDict(config)
-    check(config)
-    config.model.num_classes = config.model.num_classes or 1000
-    mesh = make_mesh(target.devices, **config.mesh)
+def lower(asked: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, Any], Any]:
+    """Lowers a config's training step for the target: (what is known of it, the step)."""
+    config = checked(asked)
+    if not config.model.num_classes:
+        config = settings.replace(config, {"model.num_classes": 1000})
+    mesh = make_mesh(target.devices, **vars(config.mesh))
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     steps_per_epoch = max(1, IMAGENET // config.batch_size)
     with recorded() as calls:
@@ -109,8 +107,7 @@ def lower(
             for name in program.state
         },
         "split": [share._asdict() for share in split],
-        "flops_per_chip": training_flops(program.model, config.model.image_size, config.batch_size)
-        // mesh.size,
+        "flops_per_chip": program.flops() // mesh.size,
         "kernels": _kernels(calls, target.platform),
         "memory": target.memory,
         "versions": versions(),
@@ -132,7 +129,7 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
     Compiles once for each try: twice as many, or half, then between.
     """
     config = ml_collections.ConfigDict(config)
-    parts = batch_parts(make_mesh(target.devices, **config.mesh))
+    parts = batch_parts(make_mesh(target.devices, **vars(checked(config).mesh)))
     unit = 8 * parts * config.accumulation_steps
 
     def fits(units: int) -> bool:
@@ -149,7 +146,7 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
     return low * unit
 
 
-def _batch(config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     side, split = config.model.image_size, batch_sharded(mesh)
     return {
         "image": jax.ShapeDtypeStruct(

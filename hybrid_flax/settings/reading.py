@@ -1,0 +1,188 @@
+"""From a config, however it was written, to checked `Settings`; and back to what JSON can hold."""
+
+import dataclasses
+import difflib
+import json
+import logging
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from hybrid_flax.errors import InputError
+from hybrid_flax.settings.expected import Expected
+from hybrid_flax.settings.sections import Settings
+
+# Names of the version before this one: what they are called now, and what is no setting any more.
+RENAMED = {"model.attention": "model.implementation"}
+DROPPED = {"loss.name": "the loss follows from the model"}
+
+
+class Field(NamedTuple):
+    """A setting, as the tables and messages need it."""
+
+    name: str  # with its section: "optimizer.learning_rate"
+    default: Any  # dataclasses.MISSING where every config has to give it
+    meaning: str
+    expected: Expected
+    free: bool  # whether a resumed run may have another value
+    of_host: bool  # whether the processes of one run may have different ones
+
+
+class Tree(Protocol):
+    """Values by name, some of them trees again: a ConfigDict, or a dictionary."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+
+def _sections() -> dict[str, type]:
+    """{name: dataclass} of all sections, in their order."""
+    hints = typing.get_type_hints(Settings)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def _fields() -> dict[str, Field]:
+    """{dotted name: field} of all settings, those of no section first."""
+    found = {}
+    for section, kind in {"": Settings, **_sections()}.items():
+        for field in dataclasses.fields(kind):
+            if field.metadata:
+                name = f"{section}.{field.name}".lstrip(".")
+                default = field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                found[name] = Field(name, default, **field.metadata)
+    return found
+
+
+SECTIONS = _sections()
+FIELDS = _fields()
+
+
+def from_config(config: Tree) -> Settings:
+    """The settings of a config, every one of them checked.
+
+    Names of the version before this one are understood, and said to be old.
+
+    Raises:
+      InputError: naming every value that cannot be used, every unknown name, and what is missing.
+    """
+    given = _dotted(config)
+    for old in [name for name in given if name in RENAMED or name in DROPPED]:
+        logging.warning(old_name(old))
+        value = given.pop(old)
+        if old in RENAMED:
+            given[RENAMED[old]] = value
+    problems = [_unknown(name) for name in given if name not in FIELDS]
+    for name, field in FIELDS.items():
+        value = given.setdefault(name, field.default)
+        if value is dataclasses.MISSING:
+            problems.append(f"--config.{name} is missing: expected {field.expected.words}")
+        elif not field.expected.fits(value):
+            problems.append(f"--config.{name}={value!r}: expected {field.expected.words}")
+    if not problems:
+        settings = _build(given)
+        problems = list(_do_not_go_together(settings))
+    if problems:
+        raise InputError("\n".join(problems))
+    return settings
+
+
+def replace(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """A checked copy with other values, by dotted name: {"model.num_classes": 10}."""
+    return from_config(_nested(_dotted(dataclasses.asdict(settings)) | dict(changes)))
+
+
+def to_plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON knows them, section by section: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def from_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a config.json into what this version would have written.
+
+    Old names are translated, and fields that it lacks have their defaults. Values are left as they
+    are, unchecked.
+    """
+    values = {RENAMED.get(name, name): value for name, value in _dotted(saved).items()}
+    defaults = {
+        name: field.default
+        for name, field in FIELDS.items()
+        if field.default is not dataclasses.MISSING
+    }
+    kept = {name: value for name, value in values.items() if name not in DROPPED}
+    return json.loads(json.dumps(_nested(defaults | kept)))
+
+
+def old_name(name: str) -> str:
+    """A sentence about a name of the version before this one."""
+    if name in DROPPED:
+        return f"--config.{name} is ignored: {DROPPED[name]}. The next version refuses it"
+    return f"--config.{name} is called --config.{RENAMED[name]} now; the next version refuses it"
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, FIELDS, n=1)
+    return f"--config.{name}: there is no such setting" + (
+        f". Did you mean {close[0]}?" if close else ""
+    )
+
+
+def _dotted(tree: Tree) -> dict[str, Any]:
+    """{dotted name: value}"""
+    flat: dict[str, Any] = {}
+    for name in tree.keys():
+        value = tree[name]
+        if name in SECTIONS and hasattr(value, "keys"):
+            flat |= {f"{name}.{field}": _tuples(value[field]) for field in value.keys()}
+        else:
+            flat[name] = _tuples(value)
+    return flat
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, ConfigDicts as dictionaries, at every depth."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_tuples, value))
+    if hasattr(value, "keys"):
+        return {name: _tuples(value[name]) for name in value.keys()}
+    return value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = value
+    return tree
+
+
+def _build(flat: Mapping[str, Any]) -> Settings:
+    tree = _nested(flat)
+    sections = {name: kind(**tree.pop(name)) for name, kind in SECTIONS.items()}
+    return Settings(**tree, **sections)
+
+
+def _do_not_go_together(settings: Settings) -> typing.Iterator[str]:
+    """A message for each combination of values that cannot be used."""
+    augment = settings.augment
+    if settings.dataset.label_maps and (augment.mixup_alpha or augment.cutmix_alpha):
+        yield (
+            "--config.dataset.label_maps: images with label maps are mixed inside the model; set "
+            "--config.augment.mixup_alpha=0 and --config.augment.cutmix_alpha=0"
+        )
+    micro_batch = settings.batch_size // settings.accumulation_steps
+    for name, group, images in (
+        ("augment.mix_group", augment.mix_group, settings.batch_size),
+        ("model.batch_norm_group", settings.model.batch_norm_group, micro_batch),
+    ):
+        # Groups must fill the images that they are made of; fewer images than one are one group.
+        if group and images > group and images % group:
+            fitting = next(size for size in range(group, 0, -1) if images % size == 0)
+            yield (
+                f"--config.{name}={group}: {images} images "
+                f"(--config.batch_size={settings.batch_size}, "
+                f"--config.accumulation_steps={settings.accumulation_steps}) are not a multiple of "
+                f"it; use 0 for one group of all, or for example {fitting}"
+            )
