@@ -46,6 +46,7 @@ MODEL_TESTS = tests/models tests/configs tests/training/test_optimizers.py tests
   tests/benchmarks/test_plans_table.py
 
 tables: $(VENV)/installed
+	$(RUN) -m hybrid_flax.settings
 	$(RUN) -m docs.generate
 	$(RUN) -m tests.configs.test_configs
 
