@@ -17,6 +17,8 @@ import ml_collections
 import hybrid_flax.train
 from configs import quickstart
 from hybrid_flax import build
+from hybrid_flax.data import feed
+from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings import Settings, from_config
 
 
@@ -113,19 +115,19 @@ def main() -> int:
         return counted
 
     if options.order:
-        train.train_batches = record(train.train_batches)
+        feed.train_batches = record(feed.train_batches)
     if options.kill_at is not None:
         build.CompiledOnce.__call__ = count_down(build.CompiledOnce.__call__)
     if options.kill_in == "evaluate":
         train.evaluate = kill
     if options.kill_in == "save":
-        save = train.Checkpoints.save
+        save = Checkpoints.save
 
         def save_and_die(*args):
             save(*args)
             kill()
 
-        train.Checkpoints.save = save_and_die
+        Checkpoints.save = save_and_die
     return train.train(get_config(), options.workdir)
 
 

@@ -18,6 +18,7 @@ from hybrid_flax.build import Program
 from hybrid_flax.distributed.batch import batch_sharded
 from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.models.unified.model import Unified
 from hybrid_flax.settings import Settings
 from tests import tiny
 
@@ -55,7 +56,7 @@ def program(config: Settings, mesh: jax.sharding.Mesh, _: int) -> Program:
         labels = batch["label"]
         losses = -jax.nn.log_softmax(logits_of(params, batch["image"]))
         loss = jnp.take_along_axis(losses, labels[:, None] % classes, axis=1)[:, 0]
-        return jnp.where(labels == BAD_LABEL, jnp.nan, loss * noise).mean()
+        return (loss * jnp.where(labels == BAD_LABEL, jnp.nan, noise)).mean()
 
     def train_step(state, batch):
         # A draw that follows from the step: whether it is the right one shows in every bit.
@@ -102,7 +103,7 @@ def program(config: Settings, mesh: jax.sharding.Mesh, _: int) -> Program:
         return state | ({"ema": jax.tree.map(jnp.copy, weights)} if config.ema_decay else {})
 
     state = jax.eval_shape(lambda: begin(fresh()))
-    shardings = state_shardings(state, mesh, **vars(config.sharding))
+    shardings = state_shardings(state, mesh, Unified.structure, **vars(config.sharding))
     batch = batch_sharded(mesh)
     return Program(
         jax.jit(

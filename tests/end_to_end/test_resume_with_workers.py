@@ -11,14 +11,14 @@ import pytest
 
 from hybrid_flax.run.checkpoints import Checkpoints
 from tests.chaos import data_workers
-from tests.end_to_end.test_train import assert_same_bits, final_arrays
+from tests.end_to_end.same_bits import assert_same_bits, final_arrays
 
 # 44 steps: many more than the workers can have read ahead when the first checkpoint is there.
 CONFIG = """
-from tests import tiny
+from tests import toy
 
 def get_config():
-    return tiny.get_config(batch_size=64, eval__every_epochs=2)
+    return toy.get_config(batch_size=64, eval__every_epochs=2, dataset__train_split="train")
 """
 
 
@@ -39,7 +39,7 @@ def start(tmp_path_factory):
     def start(workdir: pathlib.Path, num_workers: int) -> subprocess.Popen:
         program = subprocess.Popen(
             [
-                *(sys.executable, "-m", "hybrid_flax.main", f"--workdir={workdir}"),
+                *(sys.executable, "-m", "tests.toy", f"--workdir={workdir}"),
                 *(f"--config={folder}/config.py", f"--config.dataset.num_workers={num_workers}"),
             ],
             env=environment,
