@@ -61,7 +61,7 @@ def subjects(config: Settings) -> dict[str, Callable]:
     def training_step():
         program = training_program(config, mesh, STEPS_PER_EPOCH)
         begin = jax.jit(program.begin, out_shardings=replicated(mesh))
-        state = begin(initial_weights(config, mesh))
+        state = begin(initial_weights(config, program.fresh, mesh))
 
         def run():
             nonlocal state  # consumed by every step

@@ -115,6 +115,16 @@ def other_subject(
     )
 
 
+def check_kernels(ours: Subject) -> None:
+    """Raises InputError if the kernels that were asked for do not serve every shape here."""
+    refused = [entry for entry in ours.operations() if entry["kernel"] is None]
+    if refused:
+        raise InputError(
+            f"--implementation=pallas: no kernel serves {refused[0]['shape']} here: "
+            f"{refused[0]['why']}. Take auto, which runs XLA there, or xla"
+        )
+
+
 def make_ours(options: argparse.Namespace, label: str, implementation: str) -> Subject:
     """Makes the model with this implementation of its operations; raises InputError."""
     return Subject(
@@ -157,6 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records.check_file("--json", options.json)
         ours = make_ours(options, "ours", options.implementation)
+        if options.implementation == "pallas":
+            check_kernels(ours)
         others = [other_subject(options.against, options, ours)] if options.against else []
         return run(options, ours, others)
     except InputError as error:

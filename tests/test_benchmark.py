@@ -24,6 +24,7 @@ from hybrid_flax.settings import Loss
 from hybrid_flax.training.losses import make_loss
 from pallas.deformable_conv.geometry import Sampling
 from pallas.dispatch import recorded
+from pallas.window_attention import tpu as window_tpu
 from pallas.window_attention import window_attention
 from pallas.window_attention.geometry import Windows
 
@@ -456,3 +457,14 @@ def test_every_model_has_a_loss(outputs):
 def test_model_command_refuses(arguments, message, capsys):
     assert _status(benchmark.main, arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_kernels_that_were_asked_for_and_cannot_run_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(window_tpu, "refusal", lambda geometry, every_core: "too large for a core")
+    arguments = ["--model=gcvit_xxt", "--implementation=pallas", "--dtype=float32"]
+    assert benchmark.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert (
+        "error: --implementation=pallas: no kernel serves 56×56, 2 heads of 32, windows 7×7" in said
+    )
+    assert "too large for a core. Take auto" in said

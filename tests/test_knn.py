@@ -69,6 +69,7 @@ def test_the_program_needs_no_fitting_classifier(tmp_path, capsys):
     checkpoints.wait()
     assert knn.main(config, str(tmp_path), neighbours=5) == 0
     said = capsys.readouterr().out
+    assert "replaced by a fresh one" not in said  # no classifier is used
     found = re.search(
         r"unified_convnext_micro at step 5 of .*, digits:\n  trained weights: top-1 ([\d.]+) % "
         r"of 360 images, by the 5 nearest of 1293 training images",

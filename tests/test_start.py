@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import convert
 from hybrid_flax import start
+from hybrid_flax.build import build_model
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings import from_config
@@ -46,7 +48,11 @@ def fresh_weights(monkeypatch):
 
 def started(**changes):
     config = from_config(tiny.gcvit(**{"model__num_classes": 3, **changes}))
-    return start.initial_weights(config, make_mesh(jax.devices()[:1]))["params"]
+
+    def fresh():
+        return bridge.get_weights(build_model(config, rngs=nnx.Rngs(0)))
+
+    return start.initial_weights(config, fresh, make_mesh(jax.devices()[:1]))["params"]
 
 
 def test_position_tables_follow_the_image_size(checkpoint, capsys):

@@ -83,7 +83,7 @@ def program(config: Settings, mesh: jax.sharding.Mesh, _: int) -> Program:
     def eval_step(weights, batch):
         mask, labels = batch["mask"], batch["label"]
         logits = logits_of(weights["params"], batch["image"])
-        best = jax.lax.top_k(logits, 5)[1] == labels[:, None]
+        best = jax.lax.top_k(logits, min(5, classes))[1] == labels[:, None]
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
         return {
             "top1": (best[:, 0] * mask).sum(),

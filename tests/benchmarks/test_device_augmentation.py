@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import device_augmentation
+from hybrid_flax.settings import from_config
 from tests import tiny
 
 
@@ -31,6 +32,6 @@ def test_what_cannot_be_measured_is_said(capsys):
     ):
         assert device_augmentation.main(arguments) == 2
         assert message in capsys.readouterr().err
-    config = tiny.gcvit(batch_size=4, model__num_classes=10, model__image_size=33)
+    config = from_config(tiny.gcvit(batch_size=4, model__num_classes=10, model__image_size=33))
     assert device_augmentation.measure(config, 1, None) == 1
     assert "training step: InputError: image_size=33" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def take_two_steps(config: Settings) -> Run:
     config = resolve_classes(config, source)
     transform = TrainTransform.from_config(config, source)
     program = training_program(config, mesh, batches_per_epoch(source, BATCH_SIZE))
-    weights = initial_weights(config, mesh)
+    weights = initial_weights(config, program.fresh, mesh)
     state = jax.jit(program.begin, out_shardings=replicated(mesh))(weights)
     batches = train_batches(
         transform,

@@ -206,12 +206,13 @@ def test_only_the_first_reads_checkpoints(undisturbed, environment, tmp_path):
     workdir, _ = undisturbed
     what = f"""
 from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.settings import from_config
 from hybrid_flax.start import initial_weights
 from hybrid_flax.weights.paths import flatten
 from tests import toy
 
 folder = {{"0": {str(workdir)!r}, "1": "nowhere"}}[process]
-config, mesh = toy.get_config(init_from=folder), make_mesh()
+config, mesh = from_config(toy.get_config(init_from=folder)), make_mesh()
 weights = flatten(initial_weights(config, toy.program(config, mesh, 1).fresh, mesh))
 print("sum", sum(float(abs(array).sum()) for array in weights.values()))
 """

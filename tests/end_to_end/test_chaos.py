@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.chaos import DAMAGES, STOPS, plan
 
 
@@ -17,12 +19,14 @@ def run(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_fault_of_each_kind_changes_no_bit():
     said = run("tests.chaos", "--faults=9", "--seed=1")
     for kind in STOPS + DAMAGES:
         assert re.search(rf"^ +1  {kind}$", said, flags=re.MULTILINE), said
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_changes_no_bit():
     assert "; the other ended after" in run("tests.soak", "--kills=1", "--seed=1")
 

@@ -75,6 +75,7 @@ def wait_for_a_checkpoint(program: subprocess.Popen, workdir: pathlib.Path):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_deaths_of_a_worker_and_of_the_trainer_change_nothing(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, said = end(start(whole, 0), 600)

@@ -16,6 +16,7 @@ from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.goodput import account
 from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.settings import from_config
 from hybrid_flax.train import train
 from tests import tiny, toy
 from tests.end_to_end.same_bits import assert_same_bits, final_arrays
@@ -174,7 +175,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
     [
         (
             {"model__name": "gcvit_q"},
-            "--config.model.name='gcvit_q': expected one of 'ga_convnext_b'",
+            "unknown model 'gcvit_q'. Did you mean gcvit_",
         ),
         (
             {"model__name": "gcvit_xxt", "model__overrides": {}, "model__image_size": 100},
@@ -259,7 +260,7 @@ def test_a_dataset_that_shrank_since_the_checkpoint_is_refused(finished, monkeyp
 def test_two_processes_cannot_share_a_work_directory(finished):
     from hybrid_flax.run.workdir import Workdir
 
-    config = tiny.settings(model__num_classes=10)
+    config = from_config(toy.get_config(model__num_classes=10))
     with (
         Workdir(str(finished), config),
         pytest.raises(

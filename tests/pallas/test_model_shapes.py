@@ -12,9 +12,12 @@ from tests.pallas.cases import differences, kernels, model_geometries
 # Families share shapes.
 differences = functools.cache(differences)
 FAMILIES = ("gcvit_*", "l2vit_*", "ga_cswin_*", "unified_swin_*", "unified_halonet_*")
+SMALLEST = ("unified_swin_micro", "unified_halonet_micro")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*SMALLEST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
+)
 def test_every_shape_agrees_with_the_definition(family, monkeypatch):
     # One window at a time in the schedule compiles in half the time; the odd shapes have more.
     monkeypatch.setattr(tpu_tiles, "UNROLLED_TOKENS", 1)

@@ -16,9 +16,8 @@ from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.transfer import put
 from hybrid_flax.settings import from_config
-from hybrid_flax.training.step import make_eval_step, weights_of
+from hybrid_flax.training.step import weights_of
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.functions import as_function
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
@@ -72,10 +71,9 @@ def evaluated(state, count=8, **overrides):
     settings = config(**overrides)
     mesh = make_mesh(jax.devices()[:count], **vars(settings.mesh))
     program = training_program(settings, mesh, 10)
-    apply, shardings = as_function(program.model), weights_of(program.shardings)
-    step = make_eval_step(apply, settings.dataset, mesh, shardings)
     images = to_devices(batch(9) | {"mask": np.ones(16, np.float32)}, mesh)
-    return jax.device_get([step(weights, images) for weights in (weights_of(state), state["ema"])])
+    both = weights_of(state), state["ema"]
+    return jax.device_get([program.eval_step(weights, images) for weights in both])
 
 
 @functools.cache
