@@ -1,10 +1,12 @@
 """The models' geometries, arrays for them, and the comparison of a kernel with the definition."""
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import hybrid_flax
 from hybrid_flax.weights import bridge
@@ -17,6 +19,13 @@ from pallas.window_attention.geometry import Windows
 
 Geometry = Windows | Halo | Sampling
 DETECTION = (800, 1344)  # pixels of an image, padded, as detectors are trained
+
+
+def some(names: Iterable[str], quick: Iterable[str]) -> list:
+    """For parametrize: all of the names, those that are not among `quick` only in make test-all."""
+    quick = set(quick)
+    assert quick <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def kernels(geometry: Geometry) -> Kernels:

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from pallas.halo_attention.geometry import Halo
 from pallas.tiles import gpu as gpu_tiles
 from pallas.window_attention.geometry import Windows
-from tests.pallas.cases import arrays, definition, distance, kernels
+from tests.pallas.cases import arrays, definition, distance, kernels, some
 
 # (batch, geometry); heads have 32 channels.
 CASES = {
@@ -65,7 +65,10 @@ def check(name: str, interpret):
     assert max(distance(*pair) for pair in zip(computed, wanted, strict=True)) < 1e-2
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"7x7, shifted", "7x7, local", "14x14, shared query", "9x5", "halo", "halo of one"}
+
+
+@pytest.mark.parametrize("name", some(CASES, QUICK))
 def test_interpreted(name, monkeypatch):
     monkeypatch.setattr(gpu_tiles, "MULTIPROCESSORS", 1)  # so that a CTA walks several windows
     gpu_callbacks.reset_gpu_interpret_mode_state()

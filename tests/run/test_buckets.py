@@ -280,7 +280,7 @@ def test_another_run_is_refused(url):
     with pytest.raises(InputError, match=f"{url} holds checkpoints but no training run"):
         run(url).__enter__()
     Bucket(url).write("config.json", '{"seed": 2}')
-    with pytest.raises(InputError, match="seed: the run has 2, you gave 1"):
+    with pytest.raises(InputError, match="seed: the run has 2, you gave 42"):
         run(url).__enter__()
 
 

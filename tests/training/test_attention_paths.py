@@ -9,7 +9,7 @@ from pallas.dispatch import recorded
 from pallas.tiles import tpu as tpu_tiles
 from tests.training.digits import prepare
 
-STEPS = 20
+STEPS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,9 @@ def one_window_at_a_time(monkeypatch):
     monkeypatch.setattr(tpu_tiles, "UNROLLED_TOKENS", 1)
 
 
-@pytest.mark.parametrize("name", ["gcvit_xxt", "unified_swin_micro"])
+@pytest.mark.parametrize(
+    "name", ["gcvit_xxt", pytest.param("unified_swin_micro", marks=pytest.mark.slow)]
+)
 def test_the_loss_curve_is_the_same_on_every_path(name):
     curves = {}
     for implementation in ("pallas", "xla"):
@@ -36,6 +38,7 @@ def test_the_loss_curve_is_the_same_on_every_path(name):
     assert len(set(curves["xla"])) == STEPS
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_gathers_no_batch():
     step, state, batches = prepare("gcvit_xxt", 8, devices=8, model__implementation="pallas")
     text = step.lower(state, next(batches)).compile().as_text()

@@ -219,7 +219,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# One optimizer, loss and kind of statistics each.
+QUICK = ("l2vit_t", "glnet_4g_tklb", "ga_convnext_t")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name not in QUICK),
+    ],
+)
 def test_ten_steps(name, monkeypatch):
     recipe = RECIPES[name]._replace(peak=RECIPES[name].peak * SLOWER)
     size, overrides = MODELS[name]

@@ -44,7 +44,10 @@ class Trajectory(NamedTuple):
         return 10 * max(run[name] for run in runs)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("gcvit_xxt", marks=pytest.mark.slow), "unified_swin_micro"],
+)
 def trained(request) -> Trajectory:
     name = request.param
     golden = json.loads((GOLDEN / "training" / f"{name}.json").read_text())
