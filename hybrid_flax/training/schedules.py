@@ -74,8 +74,10 @@ def make_schedule(config: ScheduleSettings, peak: float, steps_per_epoch: int) -
         if config.name == "step":
             drops = jnp.floor((step - start) / (config.step_epochs * steps_per_epoch))
             return jnp.maximum(low, peak * config.step_factor**drops)
-        corners = jnp.asarray([0.0, 0.4, 0.8, 1.0]), jnp.asarray([0, peak, peak / 20, 0.0])
-        return jnp.interp(progress, *corners)  # onecycle
+        if config.name == "onecycle":
+            corners = jnp.asarray([0.0, 0.4, 0.8, 1.0]), jnp.asarray([0, peak, peak / 20, 0.0])
+            return jnp.interp(progress, *corners)
+        raise InputError(f"schedule.name={config.name!r} has no shape in make_schedule: add it")
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import recipes
 from hybrid_flax.settings import Optimizer, from_config
+from hybrid_flax.settings.sections import SCHEDULES
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 
 
@@ -105,3 +106,15 @@ def test_the_rate_scales_with_the_batch_only_if_asked():
     # GLNet's rule where its rate is left empty, and what its README gives for 2048 images.
     glnet = Optimizer(learning_rate=2.5e-4, learning_rate_for_batch=256)
     assert peak_learning_rate(glnet, 2048) == 2e-3
+
+
+def test_every_name_has_a_shape_of_its_own():
+    config = from_config(recipes.l2vit("l2vit_t")).schedule
+    config = dataclasses.replace(config, warmup_epochs=0.0)
+    curves = {}
+    for name in SCHEDULES:
+        schedule = jax.jit(make_schedule(dataclasses.replace(config, name=name), 1.0, 1))
+        curves[name] = tuple(float(schedule(epoch)) for epoch in (40, 150, 290))
+    assert len(set(curves.values())) == len(SCHEDULES)
+    with pytest.raises(ValueError, match=r"schedule.name='square' has no shape in make_schedule"):
+        make_schedule(dataclasses.replace(config, name="square"), 1.0, 1)(0)
