@@ -53,8 +53,6 @@ class Record:
         profile: str = "",
         seconds_at_peak: float | None = None,
     ):
-        keep = dict(vars(config.checkpoint))
-        del keep["every_steps"]
         self._config = config
         self._phases = phases
         self._seconds_at_peak = seconds_at_peak
