@@ -192,11 +192,7 @@ def run(
                 branches[platform] = functools.partial(
                     _kernel, module, geometry, kernel == "tpu interpreted"
                 )
-        default = plain
-        if forced:
-            nowhere = _Refusal("of this kind", f"there are some for {', '.join(PLATFORMS)}", plain)
-            default = functools.partial(_kernel, nowhere, geometry, False)
-        return jax.lax.platform_dependent(*arrays, default=default, **branches)
+        return jax.lax.platform_dependent(*arrays, default=plain, **branches)
 
     if mesh is None:
         return local(*arrays)
