@@ -18,9 +18,19 @@ def one_window_at_a_time(monkeypatch):
     monkeypatch.setattr(tpu_tiles, "UNROLLED_TOKENS", 1)
 
 
-@pytest.mark.parametrize(
-    "name", ["gcvit_xxt", pytest.param("unified_swin_micro", marks=pytest.mark.slow)]
-)
+NAMES = ["gcvit_xxt", "unified_swin_micro"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_is_to_have_kernels_has_them(name):
+    with recorded() as calls:
+        step, state, batches = prepare(name, 2, model__implementation="pallas")
+        step.trace(state, next(batches))
+    assert {choices["cpu"].kernel for _, choices in calls} == {"tpu interpreted"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_loss_curve_is_the_same_on_every_path(name):
     curves = {}
     for implementation in ("pallas", "xla"):

@@ -220,7 +220,7 @@ def one_thread():
 
 
 # One optimizer, loss and kind of statistics each.
-QUICK = ("l2vit_t", "glnet_4g_tklb", "ga_convnext_t")
+QUICK = ("glnet_4g_tklb", "ga_convnext_t")
 
 
 @pytest.mark.parametrize(
