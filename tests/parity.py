@@ -214,7 +214,8 @@ def _compare_training(golden: Golden) -> Parity:
     if "box" in train:
         row0, column0, row1, column1 = train["box"]
         fixed_box = mock.patch(
-            "hybrid_flax.models.glnet.mix_token_box", return_value=(row0, row1, column0, column1)
+            "hybrid_flax.models.glnet.model.mix_token_box",
+            return_value=(row0, row1, column0, column1),
         )
     with fixed_box:
         (value, (outputs, batch_stats)), grads = jax.jit(
