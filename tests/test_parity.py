@@ -26,10 +26,11 @@ MORE = (
     "stm/unified_halonet_micro",
     "stm/unified_pvt_micro_det_192x288",
 )
-CASES = sorted({*smallest_of_each_paper(), *(GOLDEN / f"{case}.json" for case in MORE)})
+CASES = sorted(smallest_of_each_paper())
+SLOW = [pytest.param(GOLDEN / f"{case}.json", marks=pytest.mark.slow) for case in MORE]
 
 
-@pytest.mark.parametrize("file", CASES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*CASES, *SLOW], ids=lambda file: file.stem)
 def test_agrees_with_the_official_code(file):
     rows = list(compare(file))
     assert rows
