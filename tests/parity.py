@@ -120,17 +120,17 @@ def golden_state(record: dict) -> dict[str, np.ndarray]:
     return state
 
 
-def compare(file: pathlib.Path) -> Iterator[Parity]:
-    """Runs all cases of one golden file."""
+def compare(file: pathlib.Path, *, gradients: bool = True) -> Iterator[Parity]:
+    """Runs all cases of one golden file; without `gradients` what evaluation computes alone."""
     golden = load(file)
     for index in range(len(golden.record["cases"])):
-        yield _compare_evaluation(golden, index)
-    if "train" in golden.record:
+        yield _compare_evaluation(golden, index, gradients)
+    if "train" in golden.record and gradients:
         yield _compare_training(golden)
     jax.clear_caches()  # fifty models' programs would fill the memory
 
 
-def _compare_evaluation(golden: Golden, index: int) -> Parity:
+def _compare_evaluation(golden: Golden, index: int, gradients: bool) -> Parity:
     start = time.perf_counter()
     case, arrays = golden.record["cases"][index], golden.arrays
     apply, weights = as_function(golden.model), bridge.get_weights(golden.model)
@@ -160,7 +160,7 @@ def _compare_evaluation(golden: Golden, index: int) -> Parity:
     if f"heads_{index}" in arrays:
         logits = max(logits, _distance(maps["head_logits"], arrays[f"heads_{index}"]))
     loss = norms = projections = None
-    if "grads" in case:
+    if "grads" in case and gradients:
 
         def loss_of(params, labels):
             logits = forward(weights | {"params": params}, images)["logits"]

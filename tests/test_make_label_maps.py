@@ -86,6 +86,7 @@ def tklb(folder, maps, **overrides):
     return config
 
 
+@pytest.mark.slow
 def test_a_token_labelled_model_trains_with_the_maps(annotated, folder):
     _, out, _ = annotated
     config = tklb(folder, out, accumulation_steps=2)

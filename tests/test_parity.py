@@ -1,4 +1,7 @@
-"""The smallest model of each paper agrees; `make parity` runs every model."""
+"""The smallest model of each paper agrees; `make parity` runs every model.
+
+Gradients and training passes of all but one take minutes to compile: with `make test-all`.
+"""
 
 import pathlib
 
@@ -26,13 +29,25 @@ MORE = (
     "stm/unified_halonet_micro",
     "stm/unified_pvt_micro_det_192x288",
 )
-CASES = sorted(smallest_of_each_paper())
-SLOW = [pytest.param(GOLDEN / f"{case}.json", marks=pytest.mark.slow) for case in MORE]
+SMALLEST = sorted(smallest_of_each_paper())
+FASTEST = "gcvit_xxt"
 
 
-@pytest.mark.parametrize("file", [*CASES, *SLOW], ids=lambda file: file.stem)
-def test_agrees_with_the_official_code(file):
-    rows = list(compare(file))
+def cases():
+    """(golden file, whether gradients are compared)"""
+    for file in SMALLEST:
+        fast = file.stem == FASTEST
+        if not fast:
+            yield pytest.param(file, False, id=f"{file.stem}, forward")
+        yield pytest.param(file, True, id=file.stem, marks=() if fast else pytest.mark.slow)
+    for name in MORE:
+        file = GOLDEN / f"{name}.json"
+        yield pytest.param(file, True, id=file.stem, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("file", "gradients"), list(cases()))
+def test_agrees_with_the_official_code(file, gradients):
+    rows = list(compare(file, gradients=gradients))
     assert rows
     for row in rows:
         assert row.passes, row

@@ -9,6 +9,7 @@ from hybrid_flax.settings import from_config
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_both_are_timed_on_the_same_batch(tmp_path, capsys):
     config = tiny.settings(batch_size=4, model__num_classes=10)
     file = tmp_path / "figures.json"

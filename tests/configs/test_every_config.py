@@ -1,6 +1,6 @@
 """Every config trains two steps on photos as its recipe says; only sizes are shrunk.
 
-One config of each recipe always; the others, which differ in numbers, with `make test-all`.
+Some with most of what recipes have between them always; the others with `make test-all`.
 
 Through the parts that `train.py` puts together: source, transform, initial weights, program.
 Configs that differ in nothing but sizes are the same when shrunk, and train once.
@@ -35,12 +35,15 @@ from hybrid_flax.start import initial_weights
 from hybrid_flax.training.optimizers import trainable
 from hybrid_flax.training.step import weights_of
 from hybrid_flax.weights.paths import flatten
-from tests.configs.test_configs import CONFIGS, RECIPES
+from tests.configs.test_configs import CONFIGS
 
 CLASSES = 10
 BATCH_SIZE = 8
 PRETRAINED_CLASSES = 16  # in place of 21,841
 KEPT = [15, 3, 0, 8, 1, 12, 9, 4, 7, 2]  # of those, by the class map
+
+
+QUICK = ("gcvit_xxt", "glnet_9g_tklb", "quickstart", "finetune:model=gcvit_xxt,probe")
 
 
 class Run(NamedTuple):
@@ -175,13 +178,9 @@ def rates(config, steps_per_epoch: int) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "name",
     [
-        *RECIPES.values(),
-        *("quickstart", "finetune:model=gcvit_xxt", "finetune:model=gcvit_xxt,probe"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in CONFIGS
-            if name not in RECIPES.values()
-        ),
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name not in QUICK),
+        pytest.param("finetune:model=gcvit_xxt", marks=pytest.mark.slow),
     ],
 )
 def test_two_steps(trained, name):
@@ -234,6 +233,7 @@ def test_two_steps(trained, name):
     assert bool(counts) == ("batch_stats" in states[2])
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_classes_kept(trained):
     pretrained = flatten(trained("l2vit_b_22k").states[-1]["params"])
     start = flatten(trained("l2vit_b_22k_1k").states[0]["params"])

@@ -24,9 +24,9 @@ from hybrid_flax.weights.paths import flatten, unflatten_like
 def config(**overrides):
     config = importlib.import_module("configs.l2vit_t").get_config()
     with config.unlocked():
-        config.model.overrides = {"dim": 32, "depths": (2, 1, 1, 1)}
+        config.model.overrides = {"dim": 32, "depths": (1, 1, 1, 1)}
     config.model.num_classes = 10
-    config.model.image_size = 64
+    config.model.image_size = 32
     config.model.dtype = "float32"
     config.batch_size = 16
     config.augment.mix_group = 4
@@ -48,7 +48,7 @@ def weights():
 def batch(seed):
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.integers(0, 256, (16, 64, 64, 3), dtype=np.uint8),
+        "image": rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, 16, dtype=np.int32),
     }
 

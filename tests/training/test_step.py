@@ -26,13 +26,15 @@ from hybrid_flax.weights.functions import as_function, as_training_function
 from hybrid_flax.weights.paths import flatten
 from tests import reference
 
-VARIANT = {"dim": 32, "depths": (1, 2, 1, 1)}
+VARIANT = {"dim": 32, "depths": (1, 1, 1, 1), "mlp_ratio": 2}
+SIZE = 32
 
 
 def tiny_config(changes=None):
     config = quickstart.get_config()
     with config.unlocked():
         config.model.overrides = dict(VARIANT)
+    config.model.image_size = SIZE
     config.model.num_classes = 10
     config.model.drop_path = 0.3
     config.batch_size = 16
@@ -45,13 +47,13 @@ def tiny_config(changes=None):
 
 @functools.cache
 def model():
-    return reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.3, **VARIANT)
+    return reference.model("gcvit_s", num_classes=10, image_size=SIZE, drop_path=0.3, **VARIANT)
 
 
 def batch(size=16, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "image": rng.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8),
+        "image": rng.integers(0, 256, (size, SIZE, SIZE, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, size, dtype=np.int32),
     }
 
@@ -98,7 +100,7 @@ def test_the_same_run_twice_gives_the_same_bits(one_device):
 def test_accumulation_gives_the_gradients_of_the_whole_batch():
     # Dropped paths are drawn per micro-batch.
     whole_batch = tiny_config({"model.drop_path": 0.0})
-    plain = reference.model("gcvit_s", num_classes=10, image_size=64, drop_path=0.0, **VARIANT)
+    plain = reference.model("gcvit_s", num_classes=10, image_size=SIZE, drop_path=0.0, **VARIANT)
     apply, params = as_training_function(plain), bridge.get_weights(plain)
     results = []
     for count in (1, 2):
@@ -137,7 +139,9 @@ def test_no_collective_gathers_the_images():
     mesh = make_mesh(jax.devices())
     step, state = build(tiny_config(), mesh)
     text = step.lower(state, to_devices(batch(), mesh)).compile().as_text()
-    gathers = [line for line in text.splitlines() if "all-gather(" in line and "64,64,3" in line]
+    gathers = [
+        line for line in text.splitlines() if "all-gather(" in line and f"{SIZE},{SIZE},3" in line
+    ]
     assert not gathers
 
 

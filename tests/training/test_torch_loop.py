@@ -219,8 +219,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# One optimizer, loss and kind of statistics each.
-QUICK = ("glnet_4g_tklb", "ga_convnext_t")
+# The loss with the most parts. The others, one optimizer, loss and kind of statistics each, with
+# `make test-all`.
+QUICK = ("glnet_4g_tklb",)
 
 
 @pytest.mark.parametrize(

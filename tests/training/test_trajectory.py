@@ -44,9 +44,12 @@ class Trajectory(NamedTuple):
         return 10 * max(run[name] for run in runs)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("gcvit_xxt", marks=pytest.mark.slow), "unified_swin_micro"],
+    params=["gcvit_xxt", "unified_swin_micro"],
 )
 def trained(request) -> Trajectory:
     name = request.param
