@@ -3,19 +3,21 @@
 `base.py` says what a source is; each kind of storage has a file.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 from hybrid_flax.data.sources.base import (
     Encoded,
     EncodedSource,
     Source,
     check_same_data,
+    describe_files,
     fingerprint,
 )
 from hybrid_flax.data.sources.digits import Digits
 from hybrid_flax.data.sources.files import ImageFolder, ListFiles
 from hybrid_flax.data.sources.memory import InMemory
-from hybrid_flax.data.sources.part import Subset, part_of, split_name
+from hybrid_flax.data.sources.part import Subset, numbered_by, part_of, split_name
 from hybrid_flax.data.sources.tables import HuggingFace
 from hybrid_flax.data.sources.tars import TarShards
 from hybrid_flax.data.sources.tfds import TfdsSource
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "Subset",
     "check_same_data",
+    "describe_files",
     "fingerprint",
     "open_source",
     "source_of",
@@ -42,6 +45,7 @@ def open_source(
     val_split: str = "val",
     index: str = "",
     cache: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> EncodedSource:
     """Opens one split of a dataset.
 
@@ -54,19 +58,26 @@ def open_source(
       val_split: likewise.
       index: folder for the index of tar files, "" for beside them.
       cache: read every file once, now, and keep the bytes in memory that all processes share.
+      classes: names that number the classes, those a model was trained with; None: the data's own
+        number them. Data without names keeps its numbers.
 
     Raises:
-      InputError: the dataset is unknown, not prepared, empty or inconsistent.
+      InputError: the dataset is unknown, not prepared, empty or inconsistent, or has images of
+        classes that `classes` has not.
     """
+    path = os.path.expanduser(path)  # which a shell does not do behind an equals sign
     wanted = val_split if split == "val" else train_split
     if name in _OURS:
         base, part = split_name(wanted)
         train, _ = split_name(train_split)
+        if classes is not None and name == "image_folder":
+            train = base  # not the training folders, but `classes` will number these
         source = _OURS[name](path, base, train, index)
         if part:
             source = part_of(source, part, wanted)
     else:
         source = TfdsSource(name, path, wanted)
+    source = numbered_by(source, classes)
     return InMemory(source) if cache else source
 
 
@@ -81,8 +92,8 @@ _OURS: dict[str, Callable[[str, str, str, str], EncodedSource]] = {
 }
 
 
-def source_of(dataset: Dataset, split: str) -> EncodedSource:
-    """Opens the split, "train" or "val", that the settings name."""
+def source_of(dataset: Dataset, split: str, classes: Sequence[str] | None = None) -> EncodedSource:
+    """Opens the split, "train" or "val", that the settings name; `classes` as in `open_source`."""
     return open_source(
         dataset.name,
         dataset.path,
@@ -91,4 +102,5 @@ def source_of(dataset: Dataset, split: str) -> EncodedSource:
         val_split=dataset.val_split,
         index=dataset.index,
         cache=dataset.cache,
+        classes=classes,
     )

@@ -1,20 +1,29 @@
 """The interface of all sources of images, and the base of those that hold encoded files."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from hybrid_flax.data.images import open_photo
+from hybrid_flax.data.sources.walk import say
 from hybrid_flax.errors import InputError
 
 TRY_DIGITS = (
     "To try without any data: --config.dataset.name=digits, the handwritten digits that "
     "scikit-learn bundles"
 )
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Of the formats that `images.py` decodes, in any case.
+IMAGE_SUFFIXES = (
+    *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+)
+MOST_BYTES = 1 << 30  # of one image file; what has more is none
+_SIZES = 1000  # of so many files the identity of a dataset has the size
 
 
 class Source(Protocol):
@@ -52,6 +61,10 @@ class Source(Protocol):
         """Names an image for messages, and to find its label map: a path, where it has one."""
         ...
 
+    def identity(self) -> str:
+        """16 hex digits that change when files are renamed, exchanged, added or removed."""
+        ...
+
 
 class Encoded(NamedTuple):
     """An image file as it was stored."""
@@ -64,12 +77,14 @@ class Encoded(NamedTuple):
 class EncodedSource:
     """A source of encoded image files.
 
-    A kind of storage defines `read`, `__len__` and what a `Source` says of its classes.
+    A kind of storage defines `read`, `__len__`, `identity` and what a `Source` says of its classes.
     """
 
     num_classes: int
     class_names: Sequence[str] | None = None
     labels: np.ndarray | None = None
+    found_in: str = ""  # the folder or list that the split was found in, where it is one
+    left_out: Mapping[str, int] = {}  # how many files that were found are not data, by reason
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -81,6 +96,11 @@ class EncodedSource:
     def name(self, index: int) -> str:
         """Names an image as `read` does, which a kind of storage may know without reading."""
         return self.read(index).name
+
+    def identity(self) -> str:
+        """Sums up which files these are: 16 hex digits, the same wherever the dataset lies."""
+        labels = b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes()
+        return digest([str(len(self)), labels])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data, label, name = self.read(int(index))
@@ -94,6 +114,53 @@ class LabelledSource(EncodedSource):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """Sums up parts, in their order, to 16 hex digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else os.fsencode(part)
+        found.update(b"%d:" % len(data) + data)
+    return found.hexdigest()[:16]
+
+
+def identity_of_files(files: Sequence[str], path: str) -> str:
+    """Sums up files by their names below `path`, in this order, and by sizes.
+
+    Of more than 1000 files only 1000, evenly spaced, are asked for their size: a million questions
+    take a network minutes.
+    """
+    folder = os.path.join(path, "")
+    names = "\0".join(file.removeprefix(folder) for file in files)
+    sizes = [str(_size(file)) for file in files[:: -(-len(files) // _SIZES) or 1]]
+    return digest([names, *sizes])
+
+
+def _size(file: str) -> int:
+    try:
+        return os.path.getsize(file)
+    except OSError:  # unreadable images have their own way
+        return -1
+
+
+def describe_files(source: EncodedSource) -> str:
+    """One line on what was taken: "12 images of data/train; left out: 2 other endings (a.txt …)".
+
+    Where the labels are known it also says how many classes have no image.
+    """
+    said = f"{len(source):,} images" + (f" of {source.found_in}" if source.found_in else "")
+    if source.labels is not None:
+        without = source.num_classes - len(np.unique(source.labels))
+        said += f"; {without:,} of {source.num_classes:,} classes without images" if without else ""
+    if source.left_out:
+        said += f"; left out: {say(source.left_out)}"
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", "?", said)  # names of files may hold anything
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for messages."""
+    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
