@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from hybrid_flax import settings
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.data.augmentation.policies import parse_policy
-from hybrid_flax.data.sources import EncodedSource, Source, source_of
+from hybrid_flax.data.sources import EncodedSource, Source, describe_files, source_of
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import state_shardings
 from hybrid_flax.errors import InputError
@@ -60,6 +60,8 @@ def open_split(config: settings.Tree, split: str) -> tuple[Settings, EncodedSour
 def open_splits(config: Settings) -> tuple[Settings, EncodedSource, EncodedSource]:
     """Opens both splits of checked settings; the training split's class names number both.
 
+    What they have is printed.
+
     Returns:
       (the settings, with the number of classes; the training images; the validation images)
 
@@ -70,11 +72,13 @@ def open_splits(config: Settings) -> tuple[Settings, EncodedSource, EncodedSourc
     train = source_of(config.dataset, "train")
     found = resolve_classes(config, train)
     val = source_of(config.dataset, "val", classes=train.class_names)
+    _say(config, "train", train)
+    _say(config, "val", val)
     return resolve_classes(found, val, "val"), train, val
 
 
 def prepare(config: Settings, split: str, classes: Sequence[str] | None = None) -> Prepared:
-    """Opens a split and builds the model of checked settings, without weights.
+    """Opens a split, says what it has, and builds the model of checked settings, without weights.
 
     Args:
       classes: names that number the images' classes; None: the dataset numbers its own.
@@ -83,8 +87,15 @@ def prepare(config: Settings, split: str, classes: Sequence[str] | None = None) 
       InputError: a setting or the dataset cannot be used.
     """
     source = source_of(config.dataset, split, classes=classes)
+    _say(config, split, source)
     found = resolve_classes(config, source, split)
     return Prepared(found, source, make_mesh(**vars(found.mesh)), abstract_model(found))
+
+
+def _say(config: Settings, split: str, source: EncodedSource) -> None:
+    """Says how many images a split has, and what was left out."""
+    name = config.dataset.val_split if split == "val" else config.dataset.train_split
+    print(f"split {name!r} of {config.dataset.name}: {describe_files(source)}")
 
 
 class Program(NamedTuple):

@@ -5,7 +5,7 @@ Of several processes only the first reads the files.
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from hybrid_flax.as_trained import as_trained, warn_of_other_normalisation
 from hybrid_flax.build import Prepared, prepare
-from hybrid_flax.data.identity import class_changes, class_names
+from hybrid_flax.data.identity import class_changes, class_names, has_no_names
 from hybrid_flax.distributed.mesh import replicated
 from hybrid_flax.distributed.processes import from_first, is_first
 from hybrid_flax.distributed.transfer import broadcast_from_first, put
@@ -136,7 +136,7 @@ def open_trained(
     names = class_names(meta)
     settings = as_trained(config, meta, given)
     prepared = prepare(settings, split, names if split == "val" else None)
-    _compare_classes(prepared, names)
+    _compare_classes(prepared, meta)
     template = bridge.get_weights(prepared.model)
     like = flatten(template)
     for arrays in (saved.trained, saved.averaged) if saved else ():
@@ -155,21 +155,21 @@ def open_trained(
     )
 
 
-def _compare_classes(prepared: Prepared, names: Sequence[str] | None) -> None:
+def _compare_classes(prepared: Prepared, meta: Mapping[str, Any]) -> None:
     """Warns if the images' class numbers may mean other classes than the model's do."""
-    source, count = prepared.source, prepared.config.model.num_classes
-    if source.class_names is None:
+    ours, theirs = prepared.source.class_names, class_names(meta)
+    count = prepared.config.model.num_classes
+    if ours is None:
         return
-    if names is None and source.num_classes < count:
-        logging.warning(
-            "the model has %d classes, whose names are not recorded, the dataset %d: they are "
-            "taken for the model's first %d, in the order of the dataset's names",
-            count,
-            source.num_classes,
-            source.num_classes,
-        )
-    elif names is not None and list(source.class_names) != list(names):
+    if theirs is not None and list(ours) != list(theirs):
         logging.warning(
             "the classes of the dataset are not those that the model was trained with: %s",
-            class_changes(names, source.class_names),
+            class_changes(theirs, ours),
+        )
+    elif theirs is None and (len(ours) < count or has_no_names(meta)):
+        logging.warning(
+            "names of the model's %d classes are not recorded: the dataset's %d, in the order of "
+            "their names, are taken for the first of them",
+            count,
+            len(ours),
         )

@@ -85,7 +85,7 @@ def test_a_class_map_keeps_rows_of_the_classifier(model, checkpoint, tmp_path, c
         ("1\n2\n2\n", "class index 2 is given more than once"),
         ("1\n2\n-3\n", "map.txt, line 3: '-3' is not a class index, 0 or more"),
         ("1\n2\n" + "9" * 5000, "map.txt, line 3: '" + "9" * 40 + "' is not a class index, 0 or"),
-        (None, "cannot read "),
+        (None, "map.txt: No such file"),
     ],
 )
 def test_an_unusable_class_map_is_refused(checkpoint, tmp_path, text, message):
@@ -196,4 +196,7 @@ def test_classes_of_weights_without_names_are_warned_of(checkpoint, tmp_path, ca
     config = pictures(tmp_path / "photos", "val", "ac")
     config.model.num_classes = 10
     start.open_trained(config, checkpoint, "val")
-    assert "the model has 10 classes, whose names are not recorded, the dataset 2" in caplog.text
+    assert (
+        "names of the model's 10 classes are not recorded: the dataset's 2, in the order"
+        in caplog.text
+    )

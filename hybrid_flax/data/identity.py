@@ -46,6 +46,11 @@ def class_names(meta: Mapping[str, Any]) -> list[str] | None:
     return (meta.get("data") or {}).get("class_names")
 
 
+def has_no_names(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was trained on data whose classes have numbers alone."""
+    return (meta.get("data") or {}).get("class_names", "unknown") is None
+
+
 def check_same_data(now: Fingerprint, before: Fingerprint, step: int) -> None:
     """Raises InputError if the data are not those a checkpoint was made with.
 

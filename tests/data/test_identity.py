@@ -3,7 +3,13 @@ import re
 import numpy as np
 import pytest
 
-from hybrid_flax.data.identity import check_same_data, class_names, describe, fingerprint
+from hybrid_flax.data.identity import (
+    check_same_data,
+    class_names,
+    describe,
+    fingerprint,
+    has_no_names,
+)
 from hybrid_flax.data.sources import EncodedSource, open_source
 from tests.data.test_sources import write_images
 
@@ -31,8 +37,10 @@ def test_a_checkpoint_keeps_class_names_and_both_splits():
     assert found["val"] == fingerprint(VAL)
     assert class_names({"data": found}) == ["cat", "dog"]
     assert class_names({}) is None
+    assert not has_no_names({})
     nameless = describe(Photos(None, names=None), VAL)
     assert nameless["class_names"] is None
+    assert has_no_names({"data": nameless})
     assert not {"names", "labels"} & nameless.keys()
 
 
