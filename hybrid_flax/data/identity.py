@@ -60,9 +60,9 @@ def check_same_data(now: Fingerprint, before: Fingerprint, step: int) -> None:
       step: of the checkpoint, for the message.
     """
     changes = []
-    names = before.get("class_names"), now.get("class_names")
-    if names[0] and names[1] and names[0] != names[1]:
-        changes.append(class_changes(*names))
+    then, names = before.get("class_names"), now.get("class_names")
+    if then and names and then != names:
+        changes.append(class_changes(then, names))
     changes += _changes("training", before, now)
     changes += _changes("validation", before.get("val") or {}, now.get("val") or {})
     if changes:

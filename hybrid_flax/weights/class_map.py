@@ -89,8 +89,8 @@ def keep_named_classes(
     """
     if theirs is None or ours is None or list(theirs) == list(ours):
         return loaded
-    numbers = {name: number for number, name in enumerate(theirs)}
-    pairs = [(new, numbers[name]) for new, name in enumerate(ours) if name in numbers]
+    then, now = _unique(theirs), _unique(ours)
+    pairs = [(number, then[name]) for name, number in now.items() if name in then]
     if not pairs:
         if len(theirs) == len(ours):
             logging.warning(
@@ -114,3 +114,9 @@ def keep_named_classes(
         + (f"; {len(ours) - len(pairs)} begin fresh" if len(pairs) < len(ours) else "")
     )
     return found
+
+
+def _unique(names: Sequence[str]) -> dict[str, int]:
+    """{name: number} of the names that only one class has."""
+    counts = collections.Counter(names)
+    return {name: number for number, name in enumerate(names) if counts[name] == 1}
