@@ -76,8 +76,10 @@ def run(
 
 def given_fields() -> list[str]:
     """Names of the fields that the command line sets: "model.image_size" for --config.model.…=."""
-    flag = flags.FLAGS["config"]
-    return [] if flag.value is None else list(config_flags.get_override_values(flag))
+    flags_given = (argument.partition("=")[0].lstrip("-") for argument in sys.argv[1:])
+    names = (flag.removeprefix("no") for flag in flags_given)  # --noconfig.dataset.cache
+    fields = (name.removeprefix("config.") for name in names if name.startswith("config."))
+    return [RENAMED.get(field, field) for field in fields]
 
 
 def _in_present_names(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hybrid_flax import cli
 from hybrid_flax.as_trained import as_trained, warn_of_other_normalisation
 from hybrid_flax.settings import to_plain
 from tests import tiny
@@ -84,3 +85,22 @@ def test_weights_normalised_otherwise_are_warned_of(caplog):
     warn_of_other_normalisation(tiny.settings(), meta(dataset__std=(0.5, 0.5, 0.5)))
     assert "--config.dataset.std=[" in caplog.text
     assert "(trained with [0.5, 0.5, 0.5])" in caplog.text
+
+
+def test_fields_are_given_in_every_way_that_flags_are_written(monkeypatch):
+    arguments = [
+        "--config=configs/gcvit_b.py",
+        "--config.model.image_size=64",
+        "-config.model.attention",  # as the version before called it
+        "xla",
+        "--noconfig.dataset.cache",
+        "--config.model.overrides.dims=(1,)",
+        "--workdir=config.seed",
+    ]
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments])
+    assert cli.given_fields() == [
+        "model.image_size",
+        "model.implementation",
+        "dataset.cache",
+        "model.overrides.dims",
+    ]
