@@ -1,6 +1,6 @@
 """Builds what a config asks for: the model of a program, and what a run computes at every step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from hybrid_flax import settings
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.data.augmentation.policies import parse_policy
-from hybrid_flax.data.sources import EncodedSource, Source, source_of
+from hybrid_flax.data.sources import EncodedSource, Source, describe_files, source_of
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import state_shardings
 from hybrid_flax.errors import InputError
@@ -57,15 +57,45 @@ def open_split(config: settings.Tree, split: str) -> tuple[Settings, EncodedSour
     return resolve_classes(found, source), source
 
 
-def prepare(config: settings.Tree, split: str) -> Prepared:
-    """Checks a config, opens a split of its dataset and builds its model, without weights.
+def open_splits(config: Settings) -> tuple[Settings, EncodedSource, EncodedSource]:
+    """Opens both splits of checked settings; the training split's class names number both.
+
+    What they have is printed.
+
+    Returns:
+      (the settings, with the number of classes; the training images; the validation images)
+
+    Raises:
+      InputError: the dataset cannot be used, or the validation split has classes that the training
+        split has not.
+    """
+    train = source_of(config.dataset, "train")
+    found = resolve_classes(config, train)
+    val = source_of(config.dataset, "val", classes=train.class_names)
+    _say(config, "train", train)
+    _say(config, "val", val)
+    return resolve_classes(found, val, "val"), train, val
+
+
+def prepare(config: Settings, split: str, classes: Sequence[str] | None = None) -> Prepared:
+    """Opens a split, says what it has, and builds the model of checked settings, without weights.
+
+    Args:
+      classes: names that number the images' classes; None: the dataset numbers its own.
 
     Raises:
       InputError: a setting or the dataset cannot be used.
     """
-    found, source = open_split(config, split)
-    mesh = make_mesh(**vars(found.mesh))
-    return Prepared(found, source, mesh, _abstract_model(found))
+    source = source_of(config.dataset, split, classes=classes)
+    _say(config, split, source)
+    found = resolve_classes(config, source, split)
+    return Prepared(found, source, make_mesh(**vars(found.mesh)), abstract_model(found))
+
+
+def _say(config: Settings, split: str, source: EncodedSource) -> None:
+    """Says how many images a split has, and what was left out."""
+    name = config.dataset.val_split if split == "val" else config.dataset.train_split
+    print(f"split {name!r} of {config.dataset.name}: {describe_files(source)}")
 
 
 class Program(NamedTuple):
@@ -110,13 +140,20 @@ def checked(config: settings.Tree) -> Settings:
     return found
 
 
-def resolve_classes(config: Settings, source: Source) -> Settings:
-    """Fills in `model.num_classes` where it is 0; InputError if too small for the dataset."""
-    count = config.model.num_classes or source.num_classes
-    if count < source.num_classes:
+def resolve_classes(config: Settings, source: Source, split: str = "train") -> Settings:
+    """Fills in `model.num_classes` where it is 0; InputError if too small for a split's images."""
+    count, found = config.model.num_classes or source.num_classes, source.num_classes
+    if count < found and split == "train":
         raise InputError(
-            f"--config.model.num_classes={count}, but dataset {config.dataset.name} has "
-            f"{source.num_classes} classes; leave it 0 for that number"
+            f"--config.model.num_classes={count}, but dataset {config.dataset.name} has {found} "
+            "classes; leave it 0 for that number"
+        )
+    if count < found:
+        raise InputError(
+            f"the split {config.dataset.val_split!r} of dataset {config.dataset.name} has labels "
+            f"up to {found - 1}, but the model has {count} classes, 0 to {count - 1}. Correct the "
+            "labels; or, if a number means the same class in all splits, train a model of all: "
+            f"--config.model.num_classes={found}"
         )
     return settings.replace(config, {"model.num_classes": count})
 
@@ -143,7 +180,7 @@ def build_model(config: Settings, *, rngs: nnx.Rngs) -> Backbone:
 
 def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Program:
     """Builds the program of a checked config whose number of classes is known; compiles nothing."""
-    model = _abstract_model(config)
+    model = abstract_model(config)
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     schedule = make_schedule(config.schedule, peak, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, model.structure)
@@ -174,7 +211,8 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
     return Program(train_step, eval_step, fresh, begin, state, shardings.state, flops)
 
 
-def _abstract_model(config: Settings) -> Backbone:
+def abstract_model(config: Settings) -> Backbone:
+    """Builds the model of settings whose number of classes is known, without weights."""
     return bridge.abstract(lambda: build_model(config, rngs=nnx.Rngs(0)))
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -18,16 +19,17 @@ from pallas.dispatch import UnservedShapeError
 
 
 def run(
-    main: Callable[[ml_collections.ConfigDict, str], int | None],
+    main: Callable[[Any, str], int | None],
     *,
+    needs_config: bool = True,
     needs_workdir: bool = True,
     in_parallel: bool = False,
 ) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
 
-    Without `needs_workdir` the latter may be missing, and is "" then. With `in_parallel` it may
-    run as several processes, on one or many hosts: they are joined before `main`, only the first
-    prints, and an error of one ends all.
+    Without `needs_config` the former may be missing, and is None then; without `needs_workdir` the
+    latter, and is "". With `in_parallel` it may run as several processes, on one or many hosts:
+    they are joined before `main`, only the first prints, and an error of one ends all.
 
     Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
     stop.
@@ -48,7 +50,8 @@ def run(
         try:
             if arguments[1:]:
                 raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
-            config = _config(config_flag)
+            has_config = needs_config or config_flag.value is not None
+            config = _config(config_flag) if has_config else None
             if needs_workdir and not workdir_flag.value:
                 raise InputError("--workdir is missing")
             if in_parallel:
@@ -69,6 +72,14 @@ def run(
             processes.leave(1, reason)
 
     app.run(program, argv=given, flags_parser=_parse_flags)
+
+
+def given_fields() -> list[str]:
+    """Names of the fields that the command line sets: "model.image_size" for --config.model.…=."""
+    flags_given = (argument.partition("=")[0].lstrip("-") for argument in sys.argv[1:])
+    names = (flag.removeprefix("no") for flag in flags_given)  # --noconfig.dataset.cache
+    fields = (name.removeprefix("config.") for name in names if name.startswith("config."))
+    return [RENAMED.get(field, field) for field in fields]
 
 
 def _in_present_names(arguments: list[str]) -> list[str]:

@@ -1,12 +1,16 @@
 """How good a model's features are without training anything: k nearest neighbours.
 
-python -m hybrid_flax.knn --config=configs/gcvit_b.py --workdir=DIR
+python -m hybrid_flax.knn --workdir=DIR [--config=configs/gcvit_b.py]
 
-DIR is the work directory of a training run, or what `python -m convert` wrote; its classifier is
-not used, so the dataset may be any. `--neighbours` and `--temperature` change what DINO uses.
+DIR is the work directory of a training run, or what `python -m convert` wrote, which needs a
+config. Settings are the run's but for those that are given, as in `hybrid_flax.evaluate`. The
+classifier is not used, so that other images may be given: `--config.dataset.name=…`, `…path=…`.
+`--neighbours` and `--temperature` change what DINO uses.
 """
 
 import contextlib
+import logging
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +21,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hybrid_flax import cli
-from hybrid_flax.build import prepare
+from hybrid_flax.as_trained import as_trained
+from hybrid_flax.build import abstract_model, open_splits
 from hybrid_flax.data.loader import eval_batches
-from hybrid_flax.data.sources import Source, source_of
+from hybrid_flax.data.sources import Source
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
-from hybrid_flax.distributed.mesh import on_mesh, replicated
+from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.run.checkpoint_files import Arrays
 from hybrid_flax.run.saved_weights import load_weights
-from hybrid_flax.settings import Dataset, Settings
+from hybrid_flax.settings import Dataset, Settings, replace
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.adapt import adapt
@@ -106,19 +111,39 @@ def make_feature_step(apply, dataset: Dataset, mesh: Mesh):
 def extract(
     feature_step, weights, source: Source, config: Settings, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
-    """(features, labels) of a source's readable images, in evaluation crops."""
+    """(features, labels) of a source's readable images, in evaluation crops.
+
+    Images whose features are not finite are left out, and it is said.
+
+    Raises:
+      InputError: no image is left.
+    """
     batches = eval_batches(
         EvalTransform.from_config(config, source),
         batch_size=round_up(config.eval.batch_size, mesh),
         num_workers=config.dataset.num_workers,
     )
-    features, labels = [], []
+    features, labels, read = [], [], 0
     with contextlib.closing(batches):
         for batch in batches:
-            counted = batch["mask"] > 0
             images = to_devices({"image": batch["image"]}, mesh)["image"]
-            features.append(np.asarray(feature_step(weights, images))[counted])
-            labels.append(batch["label"][counted])
+            found = np.asarray(feature_step(weights, images))
+            counted = batch["mask"] > 0
+            finite = counted & np.isfinite(found).all(axis=-1)
+            features.append(found[finite])
+            labels.append(batch["label"][finite])
+            read += int(counted.sum())
+    kept = sum(map(len, labels))
+    if not kept:
+        raise InputError(
+            f"the features of all {read} images that can be read are NaN or infinite: the weights "
+            "are not usable as they are"
+            if read
+            else f"none of {len(source)} images can be read. Mend them, or give others: "
+            "--config.dataset.path="
+        )
+    if kept < read:
+        logging.warning("%d of %d images have NaN or infinite features", read - kept, read)
     return np.concatenate(features), np.concatenate(labels)
 
 
@@ -133,16 +158,23 @@ def _without_classifier(loaded: Arrays, like: Arrays, origin: str, structure: St
 
 
 def main(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict | None,
     workdir: str,
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    given: Collection[str] | None = None,
 ) -> int:
-    """Prints the top-1 accuracy of the validation images by the training images around them."""
-    settings, train, mesh, model = prepare(config, "train")
-    val = source_of(settings.dataset, "val")
-    _check(neighbours, temperature, len(train))  # before the minutes that features take
+    """Prints the top-1 accuracy of the validation images by the training images around them.
+
+    Args:
+      config, given: see `as_trained`.
+    """
     loaded = load_weights(workdir)
+    asked = as_trained(config, loaded.meta, given)
+    # The classes are those of the images: the model's classifier is not used.
+    settings, train, val = open_splits(replace(asked, {"model.num_classes": 0}))
+    _check(neighbours, temperature, len(train))  # before the minutes that features take
+    mesh, model = make_mesh(**vars(settings.mesh)), abstract_model(settings)
     template = bridge.get_weights(model)
     origin = f"the checkpoint in {workdir}"
     fitted = _without_classifier(loaded.best, flatten(template), origin, model.structure)
@@ -170,4 +202,9 @@ def main(
 if __name__ == "__main__":
     _neighbours = flags.DEFINE_integer("neighbours", NEIGHBOURS, "How many vote.")
     _temperature = flags.DEFINE_float("temperature", TEMPERATURE, "Of the votes' weights.")
-    cli.run(lambda config, workdir: main(config, workdir, _neighbours.value, _temperature.value))
+    cli.run(
+        lambda config, workdir: main(
+            config, workdir, _neighbours.value, _temperature.value, cli.given_fields()
+        ),
+        needs_config=False,
+    )

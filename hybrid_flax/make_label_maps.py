@@ -12,6 +12,7 @@ command continues after an interruption.
 
 import contextlib
 import os
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hybrid_flax import cli
-from hybrid_flax.build import prepare
 from hybrid_flax.data.label_maps import label_map_file
 from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.sources import Subset
@@ -31,17 +31,22 @@ from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
 from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Dataset
-from hybrid_flax.start import trained_weights
+from hybrid_flax.start import open_trained
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights.functions import as_function
 
 HIGHEST = 5
 
 
-def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
-    """Writes a map for every training image that has none."""
-    prepared = prepare(config, "train")
-    settings, source, mesh, model = prepared
+def main(
+    config: ml_collections.ConfigDict | None,
+    workdir: str,
+    out: str,
+    given: Collection[str] | None = None,
+) -> int:
+    """Writes a map for every training image that has none; `config`, `given`: see `as_trained`."""
+    found = open_trained(config, workdir, "train", given)
+    weights, (settings, source, mesh, model) = found.best, found.prepared
     if settings.model.num_classes > 2048:
         raise InputError(
             f"{settings.model.num_classes} classes: label maps hold them as float16, which is "
@@ -52,7 +57,6 @@ def main(config: ml_collections.ConfigDict, workdir: str, out: str) -> int:
             f"{settings.model.name} cannot annotate: its classifier reads the whole map, not "
             "places. Take a GC ViT, L2ViT, GLNet or unified model"
         )
-    weights = trained_weights(prepared, workdir).best
     files = [label_map_file(out, source.name(index)) for index in range(len(source))]
     if len(set(files)) < len(files):
         raise InputError(
@@ -106,4 +110,7 @@ def _save(label_map: np.ndarray, file: str) -> None:
 
 if __name__ == "__main__":
     out = flags.DEFINE_string("out", None, "Folder for the maps.", required=True)
-    cli.run(lambda config, workdir: main(config, workdir, out.value))
+    cli.run(
+        lambda config, workdir: main(config, workdir, out.value, cli.given_fields()),
+        needs_config=False,
+    )

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from hybrid_flax.build import CompiledOnce, Program, open_split, training_program
+from hybrid_flax.build import CompiledOnce, Program, checked, open_splits, training_program
 from hybrid_flax.data.feed import Data, Feed
-from hybrid_flax.data.sources import Source, check_same_data, fingerprint, source_of
+from hybrid_flax.data.identity import check_same_data, fingerprint
+from hybrid_flax.data.sources import EncodedSource
 from hybrid_flax.distributed.batch import check_batch_size
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.processes import from_first, is_first
@@ -65,8 +66,7 @@ def train(
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
     phases = Phases()
-    settings, train_source = open_split(config, "train")
-    val_source = source_of(settings.dataset, "val")
+    settings, train_source, val_source = open_splits(checked(config))
     _check_same_everywhere(settings, train_source, val_source)
     mesh = make_mesh(**vars(settings.mesh))
     check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
@@ -79,7 +79,7 @@ def train(
     return run(program, data, record, settings, mesh, phases)
 
 
-def _check_same_everywhere(config: Settings, *sources: Source) -> None:
+def _check_same_everywhere(config: Settings, *sources: EncodedSource) -> None:
     """Raises InputError if this process was not started with the settings and data of the first."""
     mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
     mine["commit"] = versions()["commit"]
@@ -163,6 +163,7 @@ def _introduce(job: Job) -> None:
     if job.mesh.size > 1:
         said += f"\nmesh {dict(job.mesh.shape)}: {table}"
     job.record.introduce(said, state["params"], table)
+    job.record.write_classes(data.train.class_names)
 
 
 def _begin_or_continue(
@@ -176,14 +177,15 @@ def _begin_or_continue(
     )
     if found:
         step, meta = found
-        check_same_data(job.data.train, meta.get("data", {}), step)
+        check_same_data(job.data.fingerprint, meta.get("data", {}), step)
         arrays = broadcast_from_first(restored.arrays if restored else None, flatten(program.state))
         state = put(unflatten_like(program.state, arrays), program.shardings)
         skipped = SkippedSteps(*meta.get("mishaps", SkippedSteps()))
         print(f"continuing from the checkpoint of step {step}")
     else:
         step, skipped = 0, SkippedSteps()
-        weights = initial_weights(job.config, program.fresh, job.mesh)
+        names = job.data.train.class_names
+        weights = initial_weights(job.config, program.fresh, job.mesh, names)
         state = jax.jit(program.begin, out_shardings=program.shardings)(weights)
     record.clear_after(step if found else -1)
     if rolled_back_from:
@@ -297,4 +299,4 @@ def _evaluate(job: Job, state: State, asked_to_stop: Callable[[], bool]) -> Resu
 
 def _save(job: Job, step: int, state: State, skipped: SkippedSteps) -> None:
     with job.phases("save"):
-        job.record.save(step, gather_to_host(state), skipped, job.data.fingerprint())
+        job.record.save(step, gather_to_host(state), skipped, job.data.fingerprint)

@@ -6,9 +6,12 @@ from flax import nnx
 from hybrid_flax import evaluate
 from hybrid_flax.build import build_model
 from hybrid_flax.data.sources import open_source
+from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.mesh import make_mesh
+from hybrid_flax.errors import InputError
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.settings import to_plain
 from hybrid_flax.training.step import make_eval_step
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
@@ -69,13 +72,55 @@ def test_evaluation_can_be_interrupted(weights):
 
 
 def test_the_program_evaluates_what_a_work_directory_holds(weights, tmp_path, capsys):
+    run = tiny.settings(model__num_classes=10, dataset__val_split="val[:40]")
+    names = [str(digit) for digit in range(10)]
+    meta = {"model": run.model.name, "config": to_plain(run), "data": {"class_names": names}}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, {**weights, "ema": weights}, {"model": "unified_convnext_micro"})
+    checkpoints.save(5, {**weights, "ema": weights}, meta)
     checkpoints.wait()
-    assert evaluate.main(tiny.get_config(), str(tmp_path)) == 0
+    assert evaluate.main(tiny.get_config(), str(tmp_path), given=()) == 0
     said = capsys.readouterr().out
+    assert "dataset.val_split='val[:40]' (the config has 'val')" in said
     assert f"unified_convnext_micro at step 5 of {tmp_path}, digits:" in said
-    assert said.count("over 360 images") == 2
+    assert said.count("over 40 images") == 2
+
+
+def scored(count, total=8, bad=0, **overrides):
+    """Evaluates images of which `count` are scored and `bad` have logits that are not finite."""
+    sums = {"top1": count / 2, "top5": count, "loss": 0.5 * count, "images": count}
+    config = tiny.settings(**{"model__num_classes": 10, "eval__batch_size": total, **overrides})
+    source = part_of(open_source("digits", "", "val"), f":{total}", "val")
+    return evaluate.evaluate(
+        lambda *_: {name: np.float32(x) for name, x in {**sums, "non_finite": bad}.items()},
+        {"val": {}, "val_ema": {}},
+        EvalTransform.from_config(config, source),
+        config,
+        make_mesh(jax.devices()[:1]),
+    )
+
+
+def test_what_cannot_be_scored_is_said(caplog):
+    found = scored(6, bad=2)
+    assert found["val"] == {
+        "top1": 50.0, "top5": 100.0, "loss": 0.5, "images": 6, "non_finite": 2
+    }  # fmt: skip
+    assert "over 6 images; 2 more have NaN or infinite logits" in evaluate.show_results(found)
+    assert "val_ema: the logits of 2 images are NaN or infinite; they are not" in caplog.text
+    assert "non_finite" not in scored(8)["val"]
+
+
+def test_nothing_scored_is_an_error():
+    with pytest.raises(
+        InputError, match="logits of all 8 images .* with the trained weights: noth"
+    ):
+        scored(0, bad=8)
+    with pytest.raises(InputError, match="none of the 8 validation images can be read"):
+        scored(0)
+
+
+def test_labels_beyond_the_model_are_an_error():
+    with pytest.raises(InputError, match="labels up to 9, but the model has 4 classes, 0 to 3"):
+        scored(8, model__num_classes=4)
 
 
 def test_weights_of_another_model_are_refused(weights, tmp_path):

@@ -6,6 +6,9 @@ import pytest
 
 import hybrid_flax
 from hybrid_flax import knn
+from hybrid_flax.data.sources import open_source
+from hybrid_flax.data.sources.part import part_of
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
@@ -86,3 +89,17 @@ def test_the_features_of_several_heads_follow_each_other():
     apply, weights = as_function(model), bridge.get_weights(model)
     features = jax.eval_shape(lambda w, x: knn.pooled_features(apply, w, x), weights, images)
     assert features.shape == (2, 5 * 688)
+
+
+def test_features_that_are_not_finite_are_left_out_and_said(caplog):
+    config = tiny.settings(model__num_classes=10, eval__batch_size=4)
+    source = part_of(open_source("digits", "", "val"), ":10", "val")
+    mesh = make_mesh(jax.devices()[:1])
+    found = np.ones((4, 3), np.float32)
+    found[1, 2] = np.nan
+    features, labels = knn.extract(lambda *_: found, {}, source, config, mesh)
+    assert len(features) == len(labels) == 7
+    assert np.isfinite(features).all()
+    assert "3 of 10 images have NaN or infinite features" in caplog.text
+    with pytest.raises(ValueError, match="the features of all 10 images that can be read are NaN"):
+        knn.extract(lambda *_: found * np.nan, {}, source, config, mesh)

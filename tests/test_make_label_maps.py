@@ -8,10 +8,11 @@ from flax import nnx
 from PIL import Image
 
 import hybrid_flax.make_label_maps
-from hybrid_flax.build import build_model
+from hybrid_flax.build import build_model, prepare
 from hybrid_flax.data.images import eval_crop
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings import from_config
+from hybrid_flax.start import TrainedWeights
 from hybrid_flax.train import train
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
@@ -111,10 +112,12 @@ def test_what_does_not_go_with_maps(folder, overrides, message):
         train(config, str(folder / "run"))
 
 
-def test_models_without_places_cannot_annotate(folder):
+def test_models_without_places_cannot_annotate(folder, monkeypatch):
     config = tiny.get_config(dataset__path=str(folder), **MODEL)
     config.model.name = "ga_convnext_t"
     with config.unlocked():
         config.model.overrides = {}
+    found = TrainedWeights(prepare(from_config(config), "train"), 0, {}, None)
+    monkeypatch.setattr(hybrid_flax.make_label_maps, "open_trained", lambda *_: found)
     with pytest.raises(ValueError, match="ga_convnext_t cannot annotate: its classifier reads the"):
         hybrid_flax.make_label_maps.main(config, str(folder / "run"), str(folder / "maps"))

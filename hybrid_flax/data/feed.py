@@ -1,14 +1,16 @@
 """The images of a run: training batches on the devices from any step on, and validation images."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from hybrid_flax.data.identity import Fingerprint, describe
 from hybrid_flax.data.loader import Batches, train_batches
 from hybrid_flax.data.order import batches_per_epoch, images_of_batch
-from hybrid_flax.data.sources import EncodedSource, fingerprint
+from hybrid_flax.data.sources import EncodedSource
 from hybrid_flax.data.transforms import EvalTransform, TrainTransform
 from hybrid_flax.distributed.batch import local_rows, to_devices
 from hybrid_flax.settings import Settings
@@ -58,9 +60,10 @@ class Data:
         images = images_of_batch(self.train, number, **self._order)
         return {index: self.train.name(index) for index in images}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Describes the training images, for checkpoints."""
-        return fingerprint(self.train)
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Describes the images of both splits, for checkpoints."""
+        return describe(self.train, self.val)
 
 
 class Feed(Iterator[dict[str, jax.Array]]):

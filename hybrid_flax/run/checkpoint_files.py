@@ -16,6 +16,7 @@ from etils import epath
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.run import orbax_io
+from hybrid_flax.weights.differences import summary
 from hybrid_flax.weights.paths import flatten, unflatten
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class DamagedCheckpointError(Exception):
 
 
 class CheckpointMismatchError(InputError):
-    """An intact checkpoint of something else; the message lists every path that differs."""
+    """An intact checkpoint of something else; the message says which paths differ."""
 
 
 def parts_of(step: int, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def check_same(found: Any, expected: Any, where: str) -> None:
-    """Raises CheckpointMismatchError listing all paths whose presence, shape or dtype differs.
+    """Raises CheckpointMismatchError, with a summary, where presence, shape or dtype differ.
 
     Args:
       found, expected: trees of anything with `shape` and `dtype`.
@@ -128,15 +129,16 @@ def check_same(found: Any, expected: Any, where: str) -> None:
         }
         for tree in (found, expected)
     )
-    lines = [f"{path}: only there, {theirs[path]}" for path in theirs if path not in ours]
-    lines += [f"{path}: not there, here {ours[path]}" for path in ours if path not in theirs]
-    lines += [
+    shapes = [
         f"{path}: there {theirs[path]}, here {ours[path]}"
         for path in ours
         if path in theirs and theirs[path] != ours[path]
     ]
-    if lines:
+    missing = [path for path in ours if path not in theirs]
+    unexpected = [path for path in theirs if path not in ours]
+    if missing or unexpected or shapes:
         raise CheckpointMismatchError(
-            f"{where} is of another model or optimizer; nothing was loaded. {len(lines)} "
-            "differences:\n  " + "\n  ".join(lines)
+            f"{where} is of another model or optimizer; nothing was loaded. "
+            f"{len(missing + unexpected + shapes)} differences:\n"
+            f"{summary(missing, unexpected, shapes)}"
         )

@@ -90,6 +90,10 @@ class Record:
         overview = get_parameter_overview(parameters, include_stats=False)
         self._workdir.write_text("parameters.txt", f"{overview}\n\n{memory}\n")
 
+    def write_classes(self, names: Sequence[str] | None) -> None:
+        """Writes `classes.json`: the classes' names by number, null where the data has none."""
+        self._workdir.write_json("classes.json", names if names is None else list(names))
+
     # ------------------------------------------------------------------------------- checkpoints
 
     def restore(self, expected: Any) -> Restored | None:
@@ -112,7 +116,7 @@ class Record:
 
         Args:
           state: with whole arrays, which later steps may reuse.
-          fingerprint: describes the training images.
+          fingerprint: describes the images of both splits.
         """
         self._workdir.push()
         model = self._config.model
@@ -268,6 +272,9 @@ class SilentRecord:
         pass
 
     def introduce(self, said: str, parameters: Any, memory: str) -> None:
+        pass
+
+    def write_classes(self, names: Sequence[str] | None) -> None:
         pass
 
     def restore(self, expected: Any) -> None:

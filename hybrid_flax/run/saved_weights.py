@@ -17,7 +17,7 @@ class SavedWeights(NamedTuple):
     step: int
     trained: Arrays
     averaged: Arrays  # empty if the run kept no average
-    meta: dict[str, Any]  # "model", "num_classes", "image_size", …
+    meta: dict[str, Any]  # "model", "num_classes", "image_size"; of runs also "config", "data", …
 
     @property
     def best(self) -> Arrays:

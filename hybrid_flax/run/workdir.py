@@ -1,6 +1,7 @@
 """The folder that belongs to one training run: who may use it, and what it records.
 
 `config.json`     every setting, as resolved
+`classes.json`    names of the classes, by number
 `parameters.txt`  every parameter with its shape
 `versions.json`   packages, devices and commit of the latest start
 `ledger.jsonl`    where the time went, over all starts: see `goodput.py`

@@ -237,9 +237,11 @@ def make_eval_step(
     """Compiles `step(weights, batch) → sums`.
 
     `apply` is the model from `functions.as_function`. `batch` has `image` uint8 [B, H, W, 3],
-    `label` int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over
-    counted images are `top1`, `top5`, `loss` and `images`. The weights may lie as they like;
-    `shardings` say where trained ones do, and are needed where those are split.
+    `label` int32 [B] and `mask` float32 [B], 0 for rows that do not count. The sums over counted
+    images are `top1`, `top5`, `loss` and `images`. What has a logit that is not finite cannot be
+    scored, and is counted as `non_finite` alone; a label beyond the logits makes the loss NaN. The
+    weights may lie as they like; `shardings` say where trained ones do, and are needed where those
+    are split.
     """
 
     @on_mesh(mesh)
@@ -247,14 +249,19 @@ def make_eval_step(
         if shardings:
             weights = jax.lax.with_sharding_constraint(weights, unsharded(shardings))
         images = normalise(batch["image"], dataset.mean, dataset.std)
-        logits, labels, mask = apply(weights, images), batch["label"], batch["mask"]
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
-        loss = cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+        logits, labels, counted = apply(weights, images), batch["label"], batch["mask"] > 0
+        classes = logits.shape[-1]
+        finite = jnp.isfinite(logits).all(axis=-1)
+        scored = counted & finite
+        best = jax.lax.top_k(logits, min(5, classes))[1] == labels[:, None]
+        loss = cross_entropy(logits, jax.nn.one_hot(labels, classes))
+        loss = jnp.where(labels < classes, loss, jnp.nan)  # of zeros in place of a target it is 0
         return {
-            "top1": jnp.sum(best[:, 0], where=mask > 0, dtype=jnp.float32),
-            "top5": jnp.sum(best.any(axis=-1), where=mask > 0, dtype=jnp.float32),
-            "loss": jnp.sum(loss, where=mask > 0),
-            "images": jnp.sum(mask),
+            "top1": jnp.sum(best[:, 0], where=scored, dtype=jnp.float32),
+            "top5": jnp.sum(best.any(axis=-1), where=scored, dtype=jnp.float32),
+            "loss": jnp.sum(loss, where=scored),
+            "images": jnp.sum(scored, dtype=jnp.float32),
+            "non_finite": jnp.sum(counted & ~finite, dtype=jnp.float32),
         }
 
     return jax.jit(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import resize_position_map, resize_relative_position_bias
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.weights.differences import summary
 
 
 def adapt(
@@ -25,37 +26,42 @@ def adapt(
       structure: of both, which says what a classifier and a position table is.
 
     Raises:
-      InputError: the architectures differ; every difference is listed.
+      InputError: the architectures differ; says how many of which parts, with examples.
     """
-    fitted, resized, problems = {}, [], []
+    fitted, resized, shapes = {}, [], []
     for path, leaf in fresh.items():
         array = loaded.get(path)
         if array is None:
-            problems.append(f"{path}: not in the checkpoint, this model {leaf.shape}")
-        elif array.shape == leaf.shape:
+            continue
+        if array.shape == leaf.shape:
             fitted[path] = array
         elif structure.is_classifier(path):
             fitted[path] = leaf
             if path.endswith("bias"):
                 print(
-                    f"the classifier for {array.shape[0]} classes is replaced by a fresh one for "
-                    f"{leaf.shape[0]}"
+                    f"the classifier for {array.shape[-1]} classes is replaced by a fresh one for "
+                    f"{leaf.shape[-1]}"
                 )
-        elif re.search(structure.position_bias, path) and array.shape[1] == leaf.shape[1]:
+        elif re.search(structure.position_bias, path) and _same_from(1, array, leaf):
             window = (round(leaf.shape[0] ** 0.5) + 1) // 2
             fitted[path] = resize_relative_position_bias(jnp.asarray(array), window)
             resized.append(path)
-        elif re.search(structure.position_map, path) and array.shape[2] == leaf.shape[2]:
+        elif re.search(structure.position_map, path) and _same_from(2, array, leaf):
             fitted[path] = resize_position_map(jnp.asarray(array), *leaf.shape[:2])
             resized.append(path)
         else:
-            problems.append(f"{path}: checkpoint {array.shape}, this model {leaf.shape}")
-    problems += [f"{path}: only in the checkpoint" for path in loaded if path not in fresh]
-    if problems:
+            shapes.append(f"{path}: checkpoint {tuple(array.shape)}, this model {leaf.shape}")
+    missing = [path for path in fresh if path not in loaded]
+    unexpected = [path for path in loaded if path not in fresh]
+    if missing or unexpected or shapes:
         raise InputError(
             f"the weights of {origin} are not of this model; nothing was loaded. Give the same "
-            "--config.model.name and overrides\n  " + "\n  ".join(problems)
+            f"--config.model.name and overrides\n{summary(missing, unexpected, shapes)}"
         )
     if resized:
         print(f"{len(resized)} learned position tables are resized to this image size")
     return fitted
+
+
+def _same_from(dimension: int, array: Any, leaf: Any) -> bool:
+    return array.ndim == leaf.ndim and array.shape[dimension:] == leaf.shape[dimension:]

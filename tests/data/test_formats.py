@@ -12,14 +12,7 @@ import pytest
 from PIL import Image
 
 from hybrid_flax.data.images import UnreadableImageError, rgb
-from hybrid_flax.data.sources import (
-    Encoded,
-    EncodedSource,
-    Source,
-    check_same_data,
-    fingerprint,
-    open_source,
-)
+from hybrid_flax.data.sources import Encoded, EncodedSource, Source, open_source
 from hybrid_flax.data.sources.memory import InMemory
 from tests.data.test_sources import write_images
 
@@ -302,27 +295,6 @@ def test_too_little_memory_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("hybrid_flax.data.sources.memory._shared_memory_left", lambda: 100)
     with pytest.raises(ValueError, match="the first 1 of 2 images .* more than the 0.00 GB"):
         open_source("image_folder", str(tmp_path), "train", cache=True)
-
-
-# -------------------------------------------------------------------------- data that has changed
-
-
-def test_data_that_changed_since_a_checkpoint_is_refused(tmp_path):
-    write_images(tmp_path / "train" / "a", 3)
-    write_images(tmp_path / "train" / "b", 3)
-    before = fingerprint(open_source("image_folder", str(tmp_path), "train"))
-    assert before["images"] == 6
-    check_same_data(open_source("image_folder", str(tmp_path), "train"), before, 7)
-
-    image = tmp_path / "train" / "b" / "0000.JPEG"
-    image.rename(tmp_path / "train" / "a" / "0009.JPEG")
-    moved = open_source("image_folder", str(tmp_path), "train")
-    with pytest.raises(ValueError, match=r"changed since the checkpoint of step 7 \(labels: "):
-        check_same_data(moved, before, 7)
-    (tmp_path / "train" / "a" / "0009.JPEG").unlink()
-    shrunk = open_source("image_folder", str(tmp_path), "train")
-    with pytest.raises(ValueError, match=r"step 7 \(images: 6 then, 5 now.*--config.init_from="):
-        check_same_data(shrunk, before, 7)
 
 
 def test_an_unreadable_image_whose_label_is_not_known_is_refused_when_it_is_asked_for():

@@ -245,13 +245,14 @@ def test_the_work_directory_of_another_run_is_refused(finished):
 
 
 def test_a_dataset_that_shrank_since_the_checkpoint_is_refused(finished, monkeypatch):
-    def shrunk(dataset, split):
+    def shrunk(dataset, split, classes=None):
         return part_of(source_of(dataset, split), ":300", split)
 
     monkeypatch.setattr(hybrid_flax.build, "source_of", shrunk)
     before = Checkpoints(finished / "checkpoints").steps()
     with pytest.raises(
-        ValueError, match=r"changed since the checkpoint of step 10 \(images: 320 then, 300 now"
+        ValueError,
+        match=r"changed since the checkpoint of step 10 \(training images: 320 then, 300 now",
     ):
         toy.train(toy.get_config(), finished)
     assert Checkpoints(finished / "checkpoints").steps() == before

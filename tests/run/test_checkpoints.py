@@ -315,8 +315,8 @@ def test_another_model_is_refused_with_every_difference(saved):
         saved.restore(expected)
     text = str(error.value)
     assert "4 differences" in text
-    assert "step: only there, int32 ()" in text
-    assert "params/head/bias: not there, here float32 (3,)" in text
+    assert "1 only in the checkpoint:\n    step" in text
+    assert "1 missing from the checkpoint:\n    params/head/bias" in text
     assert "params/stem/kernel: there float32 (8, 16), here float32 (8, 17)" in text
     assert "params/stages/10/table: there bfloat16 (300, 70), here float32 (300, 70)" in text
 

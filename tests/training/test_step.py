@@ -225,14 +225,25 @@ def test_evaluation_counts_what_the_mask_says():
     assert float(sums["loss"]) == pytest.approx(losses.sum(), rel=1e-4)
 
 
-def test_not_a_number_is_not_counted_as_right():
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_counted_and_not_scored(bad):
     config, mesh = tiny_config(), make_mesh(jax.devices()[:1])
-    step = make_eval_step(lambda params, images: jnp.full((16, 10), jnp.nan), config.dataset, mesh)
-    labels = np.full(16, 5, np.int32)
-    mask = np.ones(16, np.float32)
+    logits = np.zeros((16, 10), np.float32)
+    logits[:, 3] = 1.0
+    logits[:5, 0] = bad
+    step = make_eval_step(lambda params, images: jnp.asarray(logits), config.dataset, mesh)
+    labels = np.array([0] * 6 + [3] * 10, np.int32)
+    mask = np.array([0] + [1] * 15, np.float32)
     sums = step({}, to_devices(batch(16) | {"label": labels, "mask": mask}, mesh))
-    assert sums["top1"] == 0
-    assert np.isnan(sums["loss"])
+    assert (sums["non_finite"], sums["images"], sums["top1"]) == (4, 11, 10)
+    assert np.isfinite(sums["loss"])
+
+
+def test_a_label_beyond_the_logits_has_no_loss_of_zero():
+    config, mesh = tiny_config(), make_mesh(jax.devices()[:1])
+    step = make_eval_step(lambda params, images: jnp.ones((16, 10)), config.dataset, mesh)
+    rows = {"label": np.full(16, 10, np.int32), "mask": np.ones(16, np.float32)}
+    assert np.isnan(step({}, to_devices(batch(16) | rows, mesh))["loss"])
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(12, 1), (8, 2), (0, 1)])

@@ -10,9 +10,7 @@ from hybrid_flax.data.sources.base import (
     Encoded,
     EncodedSource,
     Source,
-    check_same_data,
     describe_files,
-    fingerprint,
 )
 from hybrid_flax.data.sources.digits import Digits
 from hybrid_flax.data.sources.files import ImageFolder, ListFiles
@@ -28,9 +26,7 @@ __all__ = [
     "EncodedSource",
     "Source",
     "Subset",
-    "check_same_data",
     "describe_files",
-    "fingerprint",
     "open_source",
     "source_of",
 ]

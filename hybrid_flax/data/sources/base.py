@@ -172,26 +172,3 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
             f"of {len(labels)} labels are not from 0 to {num_classes - 1}"
             + (". Splits without labels cannot be used" if (labels < 0).all() else "")
         )
-
-
-def fingerprint(source: Source) -> dict[str, int | str]:
-    """Sums up what must not change while a run goes on, since an image is known by its number."""
-    labels = source.labels
-    known = {} if labels is None else {"labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
-    return {"images": len(source), "classes": source.num_classes, **known}
-
-
-def check_same_data(source: Source, before: dict[str, int | str], step: int) -> None:
-    """Raises InputError if the training images are not those a checkpoint was made with."""
-    now = fingerprint(source)
-    changes = [
-        f"{name}: {before[name]} then, {now[name]} now"
-        for name in ("images", "classes", "labels")
-        if name in before and name in now and before[name] != now[name]
-    ]
-    if changes:
-        raise InputError(
-            f"the training data changed since the checkpoint of step {step} "
-            f"({'; '.join(changes)}): the run would go on with other images. Give it the same "
-            "data, or begin another --workdir with --config.init_from= this one"
-        )
