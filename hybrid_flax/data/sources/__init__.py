@@ -3,19 +3,20 @@
 `base.py` says what a source is; each kind of storage has a file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hybrid_flax.data.sources.base import (
     Encoded,
     EncodedSource,
     Source,
     check_same_data,
+    describe_files,
     fingerprint,
 )
 from hybrid_flax.data.sources.digits import Digits
 from hybrid_flax.data.sources.files import ImageFolder, ListFiles
 from hybrid_flax.data.sources.memory import InMemory
-from hybrid_flax.data.sources.part import Subset, part_of, split_name
+from hybrid_flax.data.sources.part import Subset, numbered_by, part_of, split_name
 from hybrid_flax.data.sources.tables import HuggingFace
 from hybrid_flax.data.sources.tars import TarShards
 from hybrid_flax.data.sources.tfds import TfdsSource
@@ -27,6 +28,7 @@ __all__ = [
     "Source",
     "Subset",
     "check_same_data",
+    "describe_files",
     "fingerprint",
     "open_source",
     "source_of",
@@ -42,6 +44,7 @@ def open_source(
     val_split: str = "val",
     index: str = "",
     cache: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> EncodedSource:
     """Opens one split of a dataset.
 
@@ -54,9 +57,12 @@ def open_source(
       val_split: likewise.
       index: folder for the index of tar files, "" for beside them.
       cache: read every file once, now, and keep the bytes in memory that all processes share.
+      classes: names that number the classes, those a model was trained with; None: the data's own
+        number them. Data without names keeps its numbers.
 
     Raises:
-      InputError: the dataset is unknown, not prepared, empty or inconsistent.
+      InputError: the dataset is unknown, not prepared, empty or inconsistent, or has images of
+        classes that `classes` has not.
     """
     wanted = val_split if split == "val" else train_split
     if name in _OURS:
@@ -67,6 +73,7 @@ def open_source(
             source = part_of(source, part, wanted)
     else:
         source = TfdsSource(name, path, wanted)
+    source = numbered_by(source, classes)
     return InMemory(source) if cache else source
 
 
@@ -81,8 +88,8 @@ _OURS: dict[str, Callable[[str, str, str, str], EncodedSource]] = {
 }
 
 
-def source_of(dataset: Dataset, split: str) -> EncodedSource:
-    """Opens the split, "train" or "val", that the settings name."""
+def source_of(dataset: Dataset, split: str, classes: Sequence[str] | None = None) -> EncodedSource:
+    """Opens the split, "train" or "val", that the settings name; `classes` as in `open_source`."""
     return open_source(
         dataset.name,
         dataset.path,
@@ -91,4 +98,5 @@ def source_of(dataset: Dataset, split: str) -> EncodedSource:
         val_split=dataset.val_split,
         index=dataset.index,
         cache=dataset.cache,
+        classes=classes,
     )

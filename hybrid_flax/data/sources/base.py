@@ -1,7 +1,8 @@
 """The interface of all sources of images, and the base of those that hold encoded files."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +15,12 @@ TRY_DIGITS = (
     "To try without any data: --config.dataset.name=digits, the handwritten digits that "
     "scikit-learn bundles"
 )
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# Of the formats that `images.py` decodes, in any case.
+IMAGE_SUFFIXES = (
+    *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+)
+_SIZES = 1000  # of so many files the identity of a dataset has the size
 
 
 class Source(Protocol):
@@ -52,6 +58,10 @@ class Source(Protocol):
         """Names an image for messages, and to find its label map: a path, where it has one."""
         ...
 
+    def identity(self) -> str:
+        """16 hex digits that change when files are renamed, exchanged, added or removed."""
+        ...
+
 
 class Encoded(NamedTuple):
     """An image file as it was stored."""
@@ -64,12 +74,14 @@ class Encoded(NamedTuple):
 class EncodedSource:
     """A source of encoded image files.
 
-    A kind of storage defines `read`, `__len__` and what a `Source` says of its classes.
+    A kind of storage defines `read`, `__len__`, `identity` and what a `Source` says of its classes.
     """
 
     num_classes: int
     class_names: Sequence[str] | None = None
     labels: np.ndarray | None = None
+    found_in: str = ""  # the folder or list that the split was found in, where it is one
+    left_out: Mapping[str, int] = {}  # how many files that were found are not data, by reason
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -81,6 +93,11 @@ class EncodedSource:
     def name(self, index: int) -> str:
         """Names an image as `read` does, which a kind of storage may know without reading."""
         return self.read(index).name
+
+    def identity(self) -> str:
+        """Sums up which files these are: 16 hex digits, the same wherever the dataset lies."""
+        labels = b"" if self.labels is None else np.asarray(self.labels, np.int64).tobytes()
+        return digest([str(len(self)), labels])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data, label, name = self.read(int(index))
@@ -94,6 +111,54 @@ class LabelledSource(EncodedSource):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """Sums up parts, in their order, to 16 hex digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else os.fsencode(part)
+        found.update(b"%d:" % len(data) + data)
+    return found.hexdigest()[:16]
+
+
+def identity_of_files(files: Sequence[str], path: str) -> str:
+    """Sums up files by their names below `path`, in this order, and by sizes.
+
+    Of more than 1000 files only 1000, evenly spaced, are asked for their size: a million questions
+    take a network minutes.
+    """
+    asked = files[:: -(-len(files) // _SIZES) or 1]
+    sizes = [str(_size(file)) for file in asked]
+    return digest([*(name_below(path, file) for file in files), *sizes])
+
+
+def name_below(path: str, file: str) -> str:
+    """The name of a file from the folder `path` on; all of it, if it lies elsewhere."""
+    folder = os.path.join(path, "")
+    return file[len(folder) :] if file.startswith(folder) else file
+
+
+def _size(file: str) -> int:
+    try:
+        return os.path.getsize(file)
+    except OSError:  # unreadable images have their own way
+        return -1
+
+
+def describe_files(source: EncodedSource) -> str:
+    """One line on what was taken: "12 images of data/train; left out: 2 other endings"."""
+    return (
+        f"{len(source):,} images"
+        + (f" of {source.found_in}" if source.found_in else "")
+        + ("; left out: " if source.left_out else "")
+        + ", ".join(f"{count:,} {reason}" for reason, count in source.left_out.items())
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for messages."""
+    return ", ".join(names[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:

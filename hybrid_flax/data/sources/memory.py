@@ -9,22 +9,23 @@ import numpy as np
 import tqdm
 
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.sources.base import Encoded, EncodedSource, LabelledSource
+from hybrid_flax.data.sources.base import Encoded, EncodedSource
 from hybrid_flax.errors import InputError
 
 
-class InMemory(LabelledSource):
+class InMemory(EncodedSource):
     """The files of another source, read once. Pickled, it names the memory and does not copy it.
 
     A file that cannot be read is refused when it is asked for, as it would be without this.
 
     Raises:
       InputError: there is not enough shared memory.
-      UnreadableImageError: a file cannot be read and the source does not know its label otherwise.
     """
 
     def __init__(self, source: EncodedSource):
         self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.found_in, self.left_out = source.found_in, source.left_out
+        self._identity = source.identity()
         files: list[bytes] = []
         labels: list[int] = []
         self._names: list[str] = []
@@ -37,9 +38,7 @@ class InMemory(LabelledSource):
             try:
                 data, label, name = source.read(index)
             except UnreadableImageError as error:
-                if source.labels is None:
-                    raise
-                data, label, name = b"", int(source.labels[index]), ""
+                data, label, name = b"", -1, ""  # nobody asks for them
                 self._failed[index] = str(error)
             files.append(data)
             labels.append(label)
@@ -51,16 +50,26 @@ class InMemory(LabelledSource):
                     f"{total / 1e9:.2f} GB, more than the {space / 1e9:.2f} GB of shared memory "
                     "that is free (/dev/shm; in containers --shm-size). Train without the cache"
                 )
-        self.labels = np.array(labels)
+        self._labels = np.array(labels, np.int64)
+        self.labels = source.labels  # of those, too, that cannot be read
+        if self.labels is None and not self._failed:
+            self.labels = self._labels
         self._ends = np.cumsum([len(data) for data in files])
         self._memory = shared_memory.SharedMemory(create=True, size=max(total, 1))
-        self._bytes[:total] = b"".join(files)
+        for end, data in zip(self._ends, files, strict=True):
+            self._bytes[int(end) - len(data) : int(end)] = data
         weakref.finalize(self, _free, self._memory, os.getpid())
 
     @property
     def _bytes(self) -> memoryview:
         assert self._memory.buf is not None  # it is, until the memory is closed
         return self._memory.buf
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def identity(self) -> str:
+        return self._identity
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -70,7 +79,7 @@ class InMemory(LabelledSource):
             raise UnreadableImageError(self._failed[index])
         start = int(self._ends[index - 1]) if index else 0
         data = bytes(self._bytes[start : int(self._ends[index])])
-        return Encoded(data, int(self.labels[index]), self._names[index])
+        return Encoded(data, int(self._labels[index]), self._names[index])
 
 
 def _shared_memory_left() -> int:
