@@ -35,6 +35,19 @@ def open_regular(file: File) -> BinaryIO:
         raise InputError(f"{os.fspath(file)!r} is no path: {error}") from error
 
 
+def read_bytes(file: File, most: int) -> bytes:
+    """Reads a regular file of at most so many bytes; InputError, naming it, for any other."""
+    name = os.fspath(file)
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise InputError(f"{name}: {size} bytes, where at most {most} are expected")
+        try:
+            return stream.read()
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror or error}") from error
+
+
 def read_lines(file: File) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, line without its end) of a text file.
 
@@ -64,15 +77,7 @@ def read_json(file: File) -> object:
 
     Raises InputError, naming the file, if it is no regular file or not to be understood.
     """
-    name = os.fspath(file)
-    with open_regular(file) as stream:
-        try:
-            data = stream.read(_LARGEST_JSON + 1)
-        except OSError as error:
-            raise InputError(f"{name}: {error.strerror or error}") from error
-    if len(data) > _LARGEST_JSON:
-        raise InputError(f"{name} has more than {_LARGEST_JSON} bytes: too long for JSON")
-    return parse_json(data, name)
+    return parse_json(read_bytes(file, _LARGEST_JSON), os.fspath(file))
 
 
 def parse_json(data: bytes | str, name: str) -> object:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hybrid_flax.data.images import UnreadableImageError, rgb
 from hybrid_flax.data.sources import (
+    Encoded,
     EncodedSource,
     Source,
     check_same_data,
@@ -66,7 +67,7 @@ def test_a_list_that_names_missing_images_is_refused_with_their_lines(lists):
         open_source("list_files", str(lists), "train")
 
 
-@pytest.mark.parametrize("line", ["a.JPEG", "a.JPEG -1", "a.JPEG cat", "a.JPEG 1.5", ""])
+@pytest.mark.parametrize("line", ["a.JPEG", "a.JPEG -1", "a.JPEG cat", "a.JPEG 1.5"])
 def test_a_line_that_is_not_understood_is_quoted(lists, line):
     (lists / "meta" / "train.txt").write_text(f"some folder0/0.JPEG 0\n{line}\n")
     with pytest.raises(ValueError, match=r"train.txt, line 2: .*expected .relative path, blank"):
@@ -333,24 +334,28 @@ def test_data_that_changed_since_a_checkpoint_is_refused(tmp_path):
         check_same_data(shrunk, before, 7)
 
 
-def test_an_unreadable_image_whose_label_is_not_known_cannot_be_kept_in_memory():
+def test_an_unreadable_image_whose_label_is_not_known_is_refused_when_it_is_asked_for():
     class Unlabelled(EncodedSource):
         num_classes = 2
 
         def __len__(self):
-            return 1
+            return 2
 
         def read(self, index):
-            raise UnreadableImageError(f"cannot read image {index}")
+            if index == 0:
+                raise UnreadableImageError(f"cannot read image {index}")
+            return Encoded(b"data", 1, "1.png")
 
+    kept = InMemory(Unlabelled())
+    assert (len(kept), kept.labels, kept.read(1)) == (2, None, (b"data", 1, "1.png"))
     with pytest.raises(UnreadableImageError, match="cannot read image 0"):
-        InMemory(Unlabelled())
+        kept.read(0)
 
 
 @pytest.mark.parametrize("options", [{}, {"train_split": "train[:50]"}, {"cache": True}])
 def test_every_source_has_what_the_protocol_declares(options):
     source = open_source("digits", "", "train", **options)
     declared = {name for name in vars(Source) if name[0] != "_"}
-    assert declared == {"num_classes", "class_names", "labels", "name"}
+    assert declared == {"num_classes", "class_names", "labels", "name", "identity"}
     assert all(hasattr(source, name) for name in declared)
     assert len(source.labels) == len(source)

@@ -82,6 +82,8 @@ def open_source(
     if name in _OURS:
         base, part = split_name(wanted)
         train, _ = split_name(train_split)
+        if classes is not None and name == "image_folder":
+            train = base  # not the training folders, but `classes` will number these
         source = _OURS[name](path, base, train, columns, tars)
         if part:
             source = part_of(source, part, wanted)

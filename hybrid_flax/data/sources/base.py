@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from hybrid_flax.data.images import open_photo
+from hybrid_flax.data.sources.walk import name_below, say
 from hybrid_flax.errors import InputError
 
 TRY_DIGITS = (
@@ -20,6 +21,7 @@ IMAGE_SUFFIXES = (
     *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
 )
+MOST_BYTES = 1 << 30  # of one image file; what has more is none
 _SIZES = 1000  # of so many files the identity of a dataset has the size
 
 
@@ -133,12 +135,6 @@ def identity_of_files(files: Sequence[str], path: str) -> str:
     return digest([*(name_below(path, file) for file in files), *sizes])
 
 
-def name_below(path: str, file: str) -> str:
-    """The name of a file from the folder `path` on; all of it, if it lies elsewhere."""
-    folder = os.path.join(path, "")
-    return file[len(folder) :] if file.startswith(folder) else file
-
-
 def _size(file: str) -> int:
     try:
         return os.path.getsize(file)
@@ -148,12 +144,9 @@ def _size(file: str) -> int:
 
 def describe_files(source: EncodedSource) -> str:
     """One line on what was taken: "12 images of data/train; left out: 2 other endings"."""
-    return (
-        f"{len(source):,} images"
-        + (f" of {source.found_in}" if source.found_in else "")
-        + ("; left out: " if source.left_out else "")
-        + ", ".join(f"{count:,} {reason}" for reason, count in source.left_out.items())
-    )
+    place = f" of {source.found_in}" if source.found_in else ""
+    left_out = f"; left out: {say(source.left_out)}" if source.left_out else ""
+    return f"{len(source):,} images{place}{left_out}"
 
 
 def some(names: Sequence[str]) -> str:

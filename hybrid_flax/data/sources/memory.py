@@ -38,7 +38,7 @@ class InMemory(EncodedSource):
             try:
                 data, label, name = source.read(index)
             except UnreadableImageError as error:
-                data, label, name = b"", -1, ""  # nobody asks for them
+                data, label, name = b"", -1, _name(source, index)
                 self._failed[index] = str(error)
             files.append(data)
             labels.append(label)
@@ -80,6 +80,13 @@ class InMemory(EncodedSource):
         start = int(self._ends[index - 1]) if index else 0
         data = bytes(self._bytes[start : int(self._ends[index])])
         return Encoded(data, int(self._labels[index]), self._names[index])
+
+
+def _name(source: EncodedSource, index: int) -> str:
+    try:
+        return source.name(index)
+    except UnreadableImageError:  # the name stands in the file, too
+        return ""
 
 
 def _shared_memory_left() -> int:

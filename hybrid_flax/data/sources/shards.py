@@ -2,45 +2,126 @@
 
 import os
 import re
+from typing import NamedTuple
 
-from hybrid_flax.data.sources.base import TRY_DIGITS
+from hybrid_flax.data.sources.base import TRY_DIGITS, some
+from hybrid_flax.data.sources.splits import how_to_name, of_split
+from hybrid_flax.data.sources.walk import Walk, name_below, say, walk
 from hybrid_flax.errors import InputError
-
-_OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev")}
+from hybrid_flax.text_files import read_json
 
 
 def find_shards(kind: str, path: str, split: str, endings: tuple[str, ...]) -> list[str]:
-    """Finds files below `path`, sorted, with one of the endings and the split's name in them.
+    """The files that `find_split` finds."""
+    return find_split(kind, path, split, endings).files
 
-    The name must stand alone: `train-00000.parquet`, `data/imagenet-train-17.tar`, `val/3.tar`,
-    not `trainer.tar`. "val" is also found as valid, validation, dev, and, failing these, test.
+
+def find_split(kind: str, path: str, split: str, endings: tuple[str, ...]) -> Walk:
+    """Finds data files below `path`, sorted, with one of the endings and the split's name.
+
+    Which files are data: see `walk.py`; which are the split's: see `splits.py`. Where
+    `Dataset.save_to_disk` has left a state.json, it says which files of its folder are the data.
 
     Raises:
-      InputError: no such file; says which splits there seem to be.
+      InputError: no such file, or one that its name or state.json promises is missing.
     """
     if not path:
         raise InputError(
             f"dataset {kind} needs a folder: --config.dataset.path=DIR, with {endings[0]} files "
             f"whose names, or folders, say train and val. {TRY_DIGITS}"
         )
-    files = sorted(
-        os.path.relpath(os.path.join(parent, file), path)
-        for parent, _, names in os.walk(path)
-        for file in names
-        if file.endswith(endings)
-    )
-    names = [_OTHER_NAMES.get(split, (split,))] + ([("test",)] if split == "val" else [])
-    for alternatives in names:
-        found = [file for file in files if _words(file) & set(alternatives)]
-        if found:
-            return [os.path.join(path, file) for file in found]
-    raise InputError(
-        f"{path} has {len(files)} {' or '.join(endings)} files, none for the split {split!r}"
-        + (f" (the first is {files[0]})" if files else "")
-        + f": its name must be part of the file's or its folder's, as in {split}-00000{endings[0]}"
-        + f". {TRY_DIGITS}"
-    )
+    found = walk(path, endings)
+    there = [name_below(path, file) for file in found.files]
+    files = _without_what_state_json_lacks(path, of_split(there, split))
+    if not files:
+        left_out = say(found.reasons(path))
+        raise InputError(
+            f"{path} has {len(there)} {' or '.join(endings)} files, none for the split {split!r}"
+            + (f" (left out: {left_out})" if left_out else "")
+            + ": its name must be part of the file's or its folder's, as in "
+            + f"{split}-00000{endings[0]}. {how_to_name(split, there)}"
+        )
+    _check_complete(path, files, there)
+    return found._replace(files=[os.path.join(path, file) for file in files])
 
 
-def _words(path: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])", path.lower()))
+def _without_what_state_json_lacks(path: str, files: list[str]) -> list[str]:
+    kept = []
+    for folder in sorted({os.path.dirname(file) for file in files}):
+        here = [file for file in files if os.path.dirname(file) == folder]
+        names = _data_files(os.path.join(path, folder, "state.json"))
+        if names is not None:
+            here = [file for file in here if os.path.basename(file) in names]
+            missing = sorted(names - {os.path.basename(file) for file in here})
+            if missing:
+                raise InputError(
+                    f"{os.path.join(path, folder)}: {len(missing)} of {len(names)} files that its "
+                    f"state.json names are missing: {some(missing)}. Save the dataset again"
+                )
+        kept += here
+    return sorted(kept)
+
+
+def _data_files(state: str) -> set[str] | None:
+    """Names of the files that are data, as `Dataset.save_to_disk` says; None if nothing does."""
+    content = read_json(state) if os.path.exists(state) else None
+    if not isinstance(content, dict) or "_data_files" not in content:
+        return None
+    entries = content["_data_files"]
+    entries = entries if isinstance(entries, list) else [entries]
+    names = {entry.get("filename") for entry in entries if isinstance(entry, dict)}
+    if len(names) != len(entries) or not all(isinstance(name, str) for name in names):
+        raise InputError(f'{state}: expected "_data_files": [{{"filename": NAME}}, …]')
+    return names
+
+
+class _Numbered(NamedTuple):
+    """A file that says which of how many it is: x-00003-of-00010.tar."""
+
+    folder: str
+    before: str
+    number: int
+    total: int
+    after: str
+
+
+def _check_complete(path: str, files: list[str], there: list[str]) -> None:
+    """Raises InputError where x-00003-of-00010 is there, and not all ten.
+
+    The rest may be in another folder, in `there`: some parts of a set were made another split.
+    """
+    sets: dict[tuple[str, str, str], dict[int, set[int]]] = {}
+    for one in filter(None, map(_numbered, files)):
+        totals = sets.setdefault((one.folder, one.before, one.after), {})
+        totals.setdefault(one.total, set()).add(one.number)
+    elsewhere: dict[tuple[str, str, int], set[int]] = {}
+    for one in filter(None, map(_numbered, there)):
+        elsewhere.setdefault((one.before, one.after, one.total), set()).add(one.number)
+    for (folder, before, after), totals in sets.items():
+        if len(totals) > 1:
+            raise InputError(
+                f"{os.path.join(path, folder)}: files {before}*-of-*{after} of several sets, of "
+                f"{' and of '.join(map(str, sorted(totals)))}. Keep those of one"
+            )
+        for total, numbers in totals.items():
+            numbers |= elsewhere[before, after, total]
+            first = 0 if 0 in numbers or len(numbers) < total else 1
+            absent = total - sum(first <= number < first + total for number in numbers)
+            if absent:
+                missing = (n for n in range(first, first + total) if n not in numbers)
+                shown = [str(number) for number, _ in zip(missing, range(3), strict=False)]
+                where = os.path.join(path, folder)
+                raise InputError(
+                    f"{where}: {absent} of {total} files {before}*-of-*{after} are missing: number "
+                    f"{', '.join(shown)}{', …' if absent > 3 else ''}. Get them, or rename the "
+                    "others if these are all"
+                )
+
+
+def _numbered(file: str) -> _Numbered | None:
+    folder, name = os.path.split(file)
+    match = re.fullmatch(r"(.*?)([0-9]+)-of-([0-9]+)(.*)", name)
+    if not match:
+        return None
+    after = re.sub(r"^-[0-9a-f]{8,}(?=\.)", "", match[4])  # a checksum of the file
+    return _Numbered(folder, match[1], int(match[2]), int(match[3]), after)

@@ -1,10 +1,10 @@
 """Which files are data: one walk decides it for every source."""
 
 import collections
-import fnmatch
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ NOT_REGULAR = "not regular files"
 CIRCLE = "links in a circle"
 LEFTOVER = "caches and leftovers of programs"
 
-_LEFTOVERS = (
-    *("cache-*.arrow", "tmp*.arrow", "indices-*.arrow"),  # Hugging Face datasets
-    *("__pycache__", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"),
-    *("System Volume Information", "lost+found"),
+_LEFTOVERS = re.compile(
+    "(cache-|tmp|indices-).*\\.arrow"  # Hugging Face datasets
+    "|__pycache__|__MACOSX|@eaDir|#recycle|\\$RECYCLE\\.BIN|System Volume Information|lost\\+found"
 )
 _SAME_FOLDER = 16  # times that one folder is walked through by different links
 
@@ -31,18 +30,36 @@ class Walk(NamedTuple):
     left_out: dict[str, int]  # how many names, by reason
     examples: Mapping[str, str] = MappingProxyType({})  # the first of these names, by reason
 
-    def account(self) -> str:
-        """Says what was left out, as "3 other endings (a.txt …)"; "" for nothing."""
-        return account(self.left_out, self.examples)
+    def reasons(self, path: str = "") -> dict[str, int]:
+        """`left_out`, each reason with the first name, from `path` on."""
+        first = {reason: name_below(path, name) for reason, name in self.examples.items()}
+        return {
+            f"{reason} ({first[reason]}{' …' if count > 1 else ''})": count
+            for reason, count in self.left_out.items()
+        }
 
 
-def account(left_out: dict[str, int], examples: dict[str, str]) -> str:
-    """Says what was left out, as "3 other endings (a.txt …)"; "" for nothing."""
-    return ", ".join(
-        f"{count:,} {reason}"
-        + (f" ({examples[reason]}{' …' if count > 1 else ''})" if reason in examples else "")
-        for reason, count in left_out.items()
-    )
+def join(walks: Iterable[Walk]) -> Walk:
+    """Several walks as one, in their order."""
+    files: list[str] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    examples: dict[str, str] = {}
+    for one in walks:
+        files += one.files
+        left_out.update(one.left_out)
+        examples = {**one.examples, **examples}
+    return Walk(files, dict(left_out), examples)
+
+
+def say(reasons: Mapping[str, int]) -> str:
+    """What was left out, as "3 other endings (a.txt …), 1 not regular files (b.png)"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+
+
+def name_below(path: str, file: str) -> str:
+    """The name of a file from the folder `path` on; all of it, if it lies elsewhere."""
+    folder = os.path.join(path, "")
+    return file[len(folder) :] if file.startswith(folder) else file
 
 
 def walk(folder: str, suffixes: tuple[str, ...]) -> Walk:
@@ -89,10 +106,11 @@ def subfolders(folder: str) -> tuple[list[str], Walk]:
     What `walk` leaves out is no folder here either.
     """
     names, beside, left_out, examples = [], [], collections.Counter(), {}
-    own = _key(folder)
+    own = os.path.join(os.path.realpath(folder), "")
     for entry, reason in _entries(folder):
-        if not reason and _is_folder(entry) and _key(entry) == own:
-            reason = CIRCLE
+        if not reason and entry.is_symlink() and _is_folder(entry):
+            lies_in_it = own.startswith(os.path.join(os.path.realpath(entry.path), ""))
+            reason = CIRCLE if lies_in_it else ""
         if reason:
             left_out[reason] += 1
             examples.setdefault(reason, entry.path)
@@ -113,7 +131,7 @@ def _entries(folder: str) -> Iterator[tuple[os.DirEntry[str], str]]:
     for entry in found:
         if entry.name.startswith("."):
             yield entry, HIDDEN
-        elif any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _LEFTOVERS):
+        elif _LEFTOVERS.fullmatch(entry.name):
             yield entry, LEFTOVER
         else:
             yield entry, ""
