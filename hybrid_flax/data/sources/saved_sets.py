@@ -3,8 +3,10 @@
 import os
 from typing import Any
 
-from hybrid_flax.data.sources.shards import find_shards
+from hybrid_flax.data.sources.base import some
+from hybrid_flax.data.sources.shards import find_split
 from hybrid_flax.data.sources.splits import find_name
+from hybrid_flax.data.sources.walk import name_below
 from hybrid_flax.errors import InputError
 from hybrid_flax.text_files import parse_json, read_json
 
@@ -14,35 +16,41 @@ _ENDINGS = (".parquet", ".arrow")
 def table_files(path: str, split: str) -> tuple[list[str], dict[str, int]]:
     """Finds the tables of a split: (files, what is left out, how often).
 
-    Where `save_to_disk` wrote a `state.json`, only the files that it names are data, and where it
-    wrote a `dataset_dict.json`, only the splits that it names.
+    Where `save_to_disk` wrote a `dataset_dict.json`, only the splits that it names are data; where
+    it saved one split alone, its `state.json` says which.
 
     Raises InputError if there are none, or one that is named is missing.
     """
     splits = _splits(path)
     if splits is None and os.path.exists(os.path.join(path, "state.json")):
         return _only_split(path, split), {}
-    files = find_shards("hugging_face", path, split, _ENDINGS)
-    if splits is not None:
-        files = [f for f in files if os.path.relpath(f, path).split(os.sep)[0] in splits] or files
-    found = []
-    for folder in sorted({os.path.dirname(file) for file in files}):
-        named = _named(folder)
-        found += named or [file for file in files if os.path.dirname(file) == folder]
-    others = len(set(files) - set(found))
-    return found, {"tables that state.json does not name": others} if others else {}
+    found = find_split("hugging_face", path, split, _ENDINGS)
+    left_out = found.reasons(path)
+    if splits is None:
+        return found.files, left_out
+    files = [f for f in found.files if name_below(path, f).split(os.sep)[0] in splits]
+    if not files:
+        raise InputError(
+            f"{os.path.join(path, 'dataset_dict.json')} names the splits {some(splits)}, and none "
+            f"serves as {split!r}. Another name: --config.dataset.{split}_split=NAME"
+        )
+    if others := len(found.files) - len(files):
+        left_out["tables of splits that dataset_dict.json does not name"] = others
+    return files, left_out
 
 
 def _only_split(path: str, split: str) -> list[str]:
     """The files of a dataset that was saved alone, if it is this split."""
-    said = _state(path).get("_split")
-    if not isinstance(said, str) or find_name(split, [said]) is None:
+    file = os.path.join(path, "state.json")
+    state = _of_type(read_json(file), dict, file)
+    said = state.get("_split")
+    if not isinstance(said, str) or find_name(split, [said], path) is None:
         raise InputError(
             f"{path} is one saved dataset, of the split {_short(said)}, not {split!r}. Save a "
             "DatasetDict with train and validation; or name parts of this one: "
             f"--config.dataset.train_split='{said}[:90%]' --config.dataset.val_split='{said}[90%:]'"
         )
-    return _named(path)
+    return _data_files(path, state.get("_data_files"))
 
 
 def _splits(path: str) -> list[str] | None:
@@ -56,25 +64,16 @@ def _splits(path: str) -> list[str] | None:
     return splits
 
 
-def _state(folder: str) -> dict[str, Any]:
-    """What `state.json` says; nothing where there is no such file."""
+def _data_files(folder: str, entries: Any) -> list[str]:
+    """The files that a `state.json` names."""
     file = os.path.join(folder, "state.json")
-    return _of_type(read_json(file), dict, file) if os.path.exists(file) else {}
-
-
-def _named(folder: str) -> list[str]:
-    """The files that a `state.json` names; none where there is no such file."""
-    state, file = _state(folder), os.path.join(folder, "state.json")
-    if not state:
-        return []
-    entries = state.get("_data_files")
     names = [
         entry.get("filename") if isinstance(entry, dict) else None
         for entry in (entries if isinstance(entries, list) else [None])
     ]
     files = []
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name or not name:
+        if not isinstance(name, str) or not name or os.path.basename(name) != name:
             raise InputError(
                 f'{file}: "_data_files" is {_short(entries)}; expected a list of '
                 '{"filename": NAME}'

@@ -76,6 +76,8 @@ def _parquet(path: str, size: int, image: str, label: str) -> dict:
         for group in range(len(rows)) if size <= _SMALL else range(1):
             images = file.read_row_group(group, columns=[found["image"]])
             images.validate(full=True)
+            if len(images) != rows[group]:
+                raise Unfit(f"row group {group} is to have {rows[group]} rows, has {len(images)}")
             looked_at += len(images)
             missing += _missing(images.column(0).combine_chunks())
     if len(labels) != sum(rows):

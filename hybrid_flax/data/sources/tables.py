@@ -19,10 +19,11 @@ import numpy as np
 import tqdm
 
 from hybrid_flax.data.images import UnreadableImageError
-from hybrid_flax.data.sources.base import Encoded, LabelledSource, check_labels, digest, name_below
+from hybrid_flax.data.sources.base import Encoded, LabelledSource, check_labels, digest
 from hybrid_flax.data.sources.descriptors import DESCRIPTORS, FILES_AT_ONCE
 from hybrid_flax.data.sources.labels import check_label_range, class_number
 from hybrid_flax.data.sources.saved_sets import class_names, table_files
+from hybrid_flax.data.sources.walk import name_below
 from hybrid_flax.errors import InputError
 
 _KEPT_ROW_GROUPS = 8  # of Parquet files, decoded, in each process
@@ -107,9 +108,9 @@ class HuggingFace(LabelledSource):
             else:
                 with self._lock:
                     data = self._in_its_group(file, group, row)
-        except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # pyarrow raises OSError, ValueError, IndexError, MemoryError, …
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                 raise InputError(f"cannot open a file of {self._path}: {error}") from error
             raise UnreadableImageError(f"cannot read image {name}: {error}") from error
@@ -212,9 +213,9 @@ def _look_through(
         child = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
         )
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
-            assert child.stdin is not None
-            assert child.stdout is not None
             with contextlib.suppress(BrokenPipeError):  # then it says why, below
                 child.stdin.write(json.dumps(request).encode())
                 child.stdin.close()

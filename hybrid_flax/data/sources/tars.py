@@ -16,16 +16,17 @@ from hybrid_flax.data.sources.base import (
     Encoded,
     LabelledSource,
     digest,
-    name_below,
 )
 from hybrid_flax.data.sources.descriptors import DESCRIPTORS
 from hybrid_flax.data.sources.index_file import Table, load_or_make
 from hybrid_flax.data.sources.labels import check_label_range
-from hybrid_flax.data.sources.shards import find_shards
+from hybrid_flax.data.sources.shards import find_split
 from hybrid_flax.data.sources.tar_samples import Parts, Scan
+from hybrid_flax.data.sources.walk import HIDDEN, name_below
 from hybrid_flax.errors import InputError
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+_INDEX = ".tar_index_"
 _FORMAT = 2  # of the index
 _COLUMNS = {  # of the index, and their types; all but name_bytes and left_out have a row per image
     "shard": np.int32,
@@ -66,7 +67,7 @@ class TarShards(LabelledSource):
         skip_damaged: bool = False,
     ):
         parts = Parts(image_column.lower().lstrip("."), label_column.lstrip("."))
-        self._shards = _find_shards(path, split)
+        self._shards, others = _find_shards(path, split)
         table, self._sizes = _load_index(self._shards, path, index, split, parts, skip_damaged)
         self.labels = table["label"]
         where = f"{path}, split {split}"
@@ -78,7 +79,8 @@ class TarShards(LabelledSource):
             check_label_range(labels, "image number {}".format, f"{path}, split {train}")
             largest = max(largest, labels.max())
         self.num_classes = int(largest) + 1
-        self.left_out = json.loads(table["left_out"].tobytes())
+        members = json.loads(table["left_out"].tobytes())
+        self.left_out = dict(collections.Counter(others) + collections.Counter(members))
 
     def identity(self) -> str:
         """Says by 16 hex digits which files, of which sizes, these are."""
@@ -102,26 +104,30 @@ class TarShards(LabelledSource):
         return Encoded(data, int(self.labels[index]), name)
 
 
-def _find_shards(path: str, split: str) -> list[str]:
+def _find_shards(path: str, split: str) -> tuple[list[str], dict[str, int]]:
+    """(the shards of a split, what else lies there and is left out)"""
     try:
-        return find_shards("tar_shards", path, split, (".tar",))
+        found = find_split("tar_shards", path, split, (".tar",))
     except InputError:
         try:
-            found = find_shards("tar_shards", path, split, _COMPRESSED)
+            compressed = find_split("tar_shards", path, split, _COMPRESSED).files
         except InputError:
-            found = []
-        if found:
-            raise InputError(
-                f"{found[0]} is compressed, as are all {len(found)} tar files of {split!r}: "
-                "compressed tar files have no random access. Unpack them to plain .tar (gunzip, "
-                "unxz, unzstd)"
-            ) from None
-        raise
+            compressed = []
+        if not compressed:
+            raise
+        raise InputError(
+            f"{compressed[0]} is compressed, as are all {len(compressed)} tar files of {split!r}: "
+            "compressed tar files have no random access. Unpack them to plain .tar (gunzip, "
+            "unxz, unzstd)"
+        ) from None
+    indexes = sum(name.startswith(_INDEX) for name in os.listdir(path))  # our own
+    left_out = found.left_out | {HIDDEN: found.left_out.get(HIDDEN, 0) - indexes}
+    return found.files, {reason: count for reason, count in left_out.items() if count > 0}
 
 
 def _train_shards(path: str, train: str) -> list[str]:
     try:
-        return _find_shards(path, train)
+        return _find_shards(path, train)[0]
     except InputError:  # to evaluate, the one split is enough
         return []
 
@@ -137,7 +143,7 @@ def _load_index(
         os.path.abspath(os.path.dirname(shards[0])).encode("utf-8", "surrogateescape")
     ).hexdigest()[:12]
     table = load_or_make(
-        f".tar_index_{split}_{key}.npz",
+        f"{_INDEX}{split}_{key}.npz",
         folder,
         beside=path,
         stamp=json.dumps([_FORMAT, parts, skip, stamps]),

@@ -82,7 +82,9 @@ def test_features_named_otherwise_are_found_or_chosen(whole):
     ):
         opened("two", whole)
     assert opened("two", whole, label_column="coarse").class_names == ["a", "b"]
-    with pytest.raises(ValueError, match=r"no feature 'label' of the kind ClassLabel, only image"):
+    with pytest.raises(
+        ValueError, match=r"no feature 'label' of the kind ClassLabel, only .*Scalar"
+    ):
         opened("none", whole)
     with pytest.raises(ValueError, match=r"no feature 'photo' of the kind Image.*image_column"):
         opened("two", whole, image_column="photo", label_column="fine")
@@ -123,11 +125,15 @@ def test_damaged_records_are_unreadable_images(folder):
 def test_few_files_are_open_at_a_time(whole, monkeypatch):
     monkeypatch.setattr("hybrid_flax.data.sources.tfds.FILES_AT_ONCE", 2)
     source = pickle.loads(pickle.dumps(opened("usual", whole)))
+    before = records_open()
     for index in (0, 2, 4, 6, 1, 3, 5, 7):
         assert source.read(index).data[:4] == b"\x89PNG"
-        opened_now = [link for link in pathlib.Path("/proc/self/fd").iterdir() if link.exists()]
-        names = [os.path.realpath(link) for link in opened_now]
-        assert sum("array_record" in name for name in names) <= 2
+        assert records_open() <= before + 2
+
+
+def records_open():
+    files = [os.path.realpath(link) for link in pathlib.Path("/proc/self/fd").iterdir()]
+    return sum("array_record" in file for file in files)
 
 
 def test_identity_stays_when_a_dataset_moves_and_changes_with_its_files(folder, tmp_path):
