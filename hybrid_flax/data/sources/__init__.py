@@ -3,6 +3,7 @@
 `base.py` says what a source is; each kind of storage has a file.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 from hybrid_flax.data.sources.base import (
@@ -71,6 +72,7 @@ def open_source(
       InputError: the dataset is unknown, not prepared, empty or inconsistent, or has images of
         classes that `classes` has not.
     """
+    path = os.path.expanduser(path)  # which a shell does not do behind an equals sign
     wanted = val_split if split == "val" else train_split
     columns = {"image_column": image_column, "label_column": label_column}
     tars = {"index": index, "skip_damaged": skip_damaged}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -143,10 +144,17 @@ def _size(file: str) -> int:
 
 
 def describe_files(source: EncodedSource) -> str:
-    """One line on what was taken: "12 images of data/train; left out: 2 other endings"."""
-    place = f" of {source.found_in}" if source.found_in else ""
-    left_out = f"; left out: {say(source.left_out)}" if source.left_out else ""
-    return f"{len(source):,} images{place}{left_out}"
+    """One line on what was taken: "12 images of data/train; left out: 2 other endings (a.txt …)".
+
+    Where the labels are known it also says how many classes have no image.
+    """
+    said = f"{len(source):,} images" + (f" of {source.found_in}" if source.found_in else "")
+    if source.labels is not None:
+        without = source.num_classes - len(np.unique(source.labels))
+        said += f"; {without:,} of {source.num_classes:,} classes without images" if without else ""
+    if source.left_out:
+        said += f"; left out: {say(source.left_out)}"
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", "?", said)  # names of files may hold anything
 
 
 def some(names: Sequence[str]) -> str:

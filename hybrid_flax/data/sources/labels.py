@@ -77,9 +77,7 @@ def _integer(value: object) -> int | None:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8-sig", errors="backslashreplace")
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}…"
     if isinstance(value, int) and abs(value) >= 10**60:  # Python refuses to show all digits
         return f"a number of about {value.bit_length() * 3 // 10} digits"

@@ -9,14 +9,16 @@ import numpy as np
 from hybrid_flax.data.sources.base import Encoded, EncodedSource, digest, some
 from hybrid_flax.errors import InputError
 
+_PLACE = "(?:[0-9]{1,18}|(?:100|[0-9]{1,2})%)?"
+
 
 def split_name(text: str) -> tuple[str, str]:
     """(name, slice or ""): "train[:90%]" → ("train", ":90%"). InputError for anything else."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*%?:\d*%?)\])?", text)
+    match = re.fullmatch(rf"([^\[\]]+)(?:\[({_PLACE}:{_PLACE})\])?", text)
     if not match:
         raise InputError(
-            f"split {text!r} is not understood; expected a name, or a part such as train[:90%], "
-            "train[90%:], train[:5000]"
+            f"split {text[:80]!r} is not understood; expected a name, or a part such as "
+            "train[:90%], train[90%:], train[:5000]"
         )
     return match[1], match[2] or ""
 

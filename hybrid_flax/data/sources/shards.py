@@ -4,11 +4,10 @@ import os
 import re
 from typing import NamedTuple
 
-from hybrid_flax.data.sources.base import TRY_DIGITS, some
+from hybrid_flax.data.sources.base import TRY_DIGITS
 from hybrid_flax.data.sources.splits import how_to_name, of_split
 from hybrid_flax.data.sources.walk import Walk, name_below, say, walk
 from hybrid_flax.errors import InputError
-from hybrid_flax.text_files import read_json
 
 
 def find_shards(kind: str, path: str, split: str, endings: tuple[str, ...]) -> list[str]:
@@ -19,11 +18,10 @@ def find_shards(kind: str, path: str, split: str, endings: tuple[str, ...]) -> l
 def find_split(kind: str, path: str, split: str, endings: tuple[str, ...]) -> Walk:
     """Finds data files below `path`, sorted, with one of the endings and the split's name.
 
-    Which files are data: see `walk.py`; which are the split's: see `splits.py`. Where
-    `Dataset.save_to_disk` has left a state.json, it says which files of its folder are the data.
+    Which files are data: see `walk.py`; which are the split's: see `splits.py`.
 
     Raises:
-      InputError: no such file, or one that its name or state.json promises is missing.
+      InputError: no such file, or one is missing of x-00000-of-00003, x-00001-of-00003, ….
     """
     if not path:
         raise InputError(
@@ -32,7 +30,7 @@ def find_split(kind: str, path: str, split: str, endings: tuple[str, ...]) -> Wa
         )
     found = walk(path, endings)
     there = [name_below(path, file) for file in found.files]
-    files = _without_what_state_json_lacks(path, of_split(there, split))
+    files = of_split(there, split)
     if not files:
         left_out = say(found.reasons(path))
         raise InputError(
@@ -43,36 +41,6 @@ def find_split(kind: str, path: str, split: str, endings: tuple[str, ...]) -> Wa
         )
     _check_complete(path, files, there)
     return found._replace(files=[os.path.join(path, file) for file in files])
-
-
-def _without_what_state_json_lacks(path: str, files: list[str]) -> list[str]:
-    kept = []
-    for folder in sorted({os.path.dirname(file) for file in files}):
-        here = [file for file in files if os.path.dirname(file) == folder]
-        names = _data_files(os.path.join(path, folder, "state.json"))
-        if names is not None:
-            here = [file for file in here if os.path.basename(file) in names]
-            missing = sorted(names - {os.path.basename(file) for file in here})
-            if missing:
-                raise InputError(
-                    f"{os.path.join(path, folder)}: {len(missing)} of {len(names)} files that its "
-                    f"state.json names are missing: {some(missing)}. Save the dataset again"
-                )
-        kept += here
-    return sorted(kept)
-
-
-def _data_files(state: str) -> set[str] | None:
-    """Names of the files that are data, as `Dataset.save_to_disk` says; None if nothing does."""
-    content = read_json(state) if os.path.exists(state) else None
-    if not isinstance(content, dict) or "_data_files" not in content:
-        return None
-    entries = content["_data_files"]
-    entries = entries if isinstance(entries, list) else [entries]
-    names = {entry.get("filename") for entry in entries if isinstance(entry, dict)}
-    if len(names) != len(entries) or not all(isinstance(name, str) for name in names):
-        raise InputError(f'{state}: expected "_data_files": [{{"filename": NAME}}, …]')
-    return names
 
 
 class _Numbered(NamedTuple):
@@ -89,7 +57,11 @@ def _check_complete(path: str, files: list[str], there: list[str]) -> None:
     """Raises InputError where x-00003-of-00010 is there, and not all ten.
 
     The rest may be in another folder, in `there`: some parts of a set were made another split.
+    Where a state.json lies beside the files, that says which there are, see `saved_sets.py`.
     """
+    folders = {os.path.dirname(file) for file in files}
+    saved = {name for name in folders if os.path.exists(os.path.join(path, name, "state.json"))}
+    files = [file for file in files if os.path.dirname(file) not in saved]
     sets: dict[tuple[str, str, str], dict[int, set[int]]] = {}
     for one in filter(None, map(_numbered, files)):
         totals = sets.setdefault((one.folder, one.before, one.after), {})
