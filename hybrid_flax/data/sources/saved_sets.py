@@ -1,5 +1,6 @@
 """What Hugging Face's library writes beside its tables: which files belong, and class names."""
 
+import collections
 import os
 from typing import Any
 
@@ -16,8 +17,9 @@ _ENDINGS = (".parquet", ".arrow")
 def table_files(path: str, split: str) -> tuple[list[str], dict[str, int]]:
     """Finds the tables of a split: (files, what is left out, how often).
 
-    Where `save_to_disk` wrote a `dataset_dict.json`, only the splits that it names are data; where
-    it saved one split alone, its `state.json` says which.
+    Where `save_to_disk` wrote a `state.json`, only the files that it names are data, and where it
+    wrote a `dataset_dict.json`, only the splits that it names. Where it saved one split alone, the
+    `state.json` says which.
 
     Raises InputError if there are none, or one that is named is missing.
     """
@@ -25,32 +27,33 @@ def table_files(path: str, split: str) -> tuple[list[str], dict[str, int]]:
     if splits is None and os.path.exists(os.path.join(path, "state.json")):
         return _only_split(path, split), {}
     found = find_split("hugging_face", path, split, _ENDINGS)
-    left_out = found.reasons(path)
-    if splits is None:
-        return found.files, left_out
-    files = [f for f in found.files if name_below(path, f).split(os.sep)[0] in splits]
+    left_out = collections.Counter(found.reasons(path))
+    files = found.files
+    if splits is not None:
+        files = [file for file in files if name_below(path, file).split(os.sep)[0] in splits]
+        left_out["tables of splits that dataset_dict.json lacks"] = len(found.files) - len(files)
     if not files:
         raise InputError(
-            f"{os.path.join(path, 'dataset_dict.json')} names the splits {some(splits)}, and none "
-            f"serves as {split!r}. Another name: --config.dataset.{split}_split=NAME"
+            f"{os.path.join(path, 'dataset_dict.json')} names the splits {some(splits or ())}, and "
+            f"none serves as {split!r}. Another name: --config.dataset.{split}_split=NAME"
         )
-    if others := len(found.files) - len(files):
-        left_out["tables of splits that dataset_dict.json does not name"] = others
-    return files, left_out
+    named = []
+    for folder in sorted({os.path.dirname(file) for file in files}):
+        named += _named(folder) or [file for file in files if os.path.dirname(file) == folder]
+    left_out["tables that state.json does not name"] = len(set(files) - set(named))
+    return named, dict(+left_out)
 
 
 def _only_split(path: str, split: str) -> list[str]:
     """The files of a dataset that was saved alone, if it is this split."""
-    file = os.path.join(path, "state.json")
-    state = _of_type(read_json(file), dict, file)
-    said = state.get("_split")
+    said = _state(path).get("_split")
     if not isinstance(said, str) or find_name(split, [said], path) is None:
         raise InputError(
             f"{path} is one saved dataset, of the split {_short(said)}, not {split!r}. Save a "
             "DatasetDict with train and validation; or name parts of this one: "
             f"--config.dataset.train_split='{said}[:90%]' --config.dataset.val_split='{said}[90%:]'"
         )
-    return _data_files(path, state.get("_data_files"))
+    return _named(path)
 
 
 def _splits(path: str) -> list[str] | None:
@@ -64,15 +67,20 @@ def _splits(path: str) -> list[str] | None:
     return splits
 
 
-def _data_files(folder: str, entries: Any) -> list[str]:
-    """The files that a `state.json` names."""
+def _state(folder: str) -> dict[str, Any]:
     file = os.path.join(folder, "state.json")
-    names = [
-        entry.get("filename") if isinstance(entry, dict) else None
-        for entry in (entries if isinstance(entries, list) else [None])
-    ]
+    return _of_type(read_json(file), dict, file)
+
+
+def _named(folder: str) -> list[str]:
+    """The files that a `state.json` names; none where there is no such file."""
+    file = os.path.join(folder, "state.json")
+    if not os.path.exists(file):
+        return []
+    entries = _state(folder).get("_data_files")
     files = []
-    for name in names:
+    for entry in entries if isinstance(entries, list) and entries else [None]:
+        name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name or os.path.basename(name) != name:
             raise InputError(
                 f'{file}: "_data_files" is {_short(entries)}; expected a list of '
