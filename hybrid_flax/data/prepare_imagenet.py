@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not tars:
             raise InputError("give --train_tar, --val_tar or both")
         folder = prepare(tars, options.out)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: the disk is full, or gone
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{folder} is prepared: --config.dataset.path={options.out}")

@@ -47,6 +47,7 @@ class HuggingFace(LabelledSource):
         self._files, self.left_out = table_files(path, split)
         if len({os.path.splitext(file)[1].lower() for file in self._files}) > 1:
             raise InputError(f"{path} has both .parquet and .arrow files for {split!r}; keep one")
+        self.found_in = f"{len(self._files):,} tables of {path}"
         tables = _scan(self._files, image_column, label_column)
         self._image = tables[0].image
         self.class_names = _common_names(tables)

@@ -72,6 +72,7 @@ class TarShards(LabelledSource):
         self.labels = table["label"]
         where = f"{path}, split {split}"
         self._table, self._path = table, path
+        self.found_in = f"{len(self._shards):,} tar files of {path}"
         check_label_range(self.labels, self.name, where)
         largest = self.labels.max()
         if split != train and (shards := _train_shards(path, train)):

@@ -52,7 +52,7 @@ class TfdsSource(EncodedSource):
                 f"dataset {name} has no images in the split {found!r}: {error}"
             ) from error
         self._identity = _identity(name, str(builder.version), found, files, len(self._records))
-        self._name = f"{name}/{found}"
+        self._name = self.found_in = f"{name}/{found}"
         label = builder.info.features[self._label]
         self.num_classes: int = label.num_classes
         self.class_names: list[str] = label.names
