@@ -1,5 +1,6 @@
 """Finds the files of a split by their names, as the Hugging Face Hub does it."""
 
+import itertools
 import os
 import re
 from typing import NamedTuple
@@ -59,35 +60,36 @@ def _check_complete(path: str, files: list[str], there: list[str]) -> None:
     The rest may be in another folder, in `there`: some parts of a set were made another split.
     Where a state.json lies beside the files, that says which there are, see `saved_sets.py`.
     """
-    folders = {os.path.dirname(file) for file in files}
-    saved = {name for name in folders if os.path.exists(os.path.join(path, name, "state.json"))}
-    files = [file for file in files if os.path.dirname(file) not in saved]
-    sets: dict[tuple[str, str, str], dict[int, set[int]]] = {}
+    sets: dict[tuple[str, str, str], set[int]] = {}
     for one in filter(None, map(_numbered, files)):
-        totals = sets.setdefault((one.folder, one.before, one.after), {})
-        totals.setdefault(one.total, set()).add(one.number)
-    elsewhere: dict[tuple[str, str, int], set[int]] = {}
+        sets.setdefault((one.folder, one.before, one.after), set()).add(one.total)
+    numbers: dict[tuple[str, str, int], set[int]] = {}
     for one in filter(None, map(_numbered, there)):
-        elsewhere.setdefault((one.before, one.after, one.total), set()).add(one.number)
+        numbers.setdefault((one.before, one.after, one.total), set()).add(one.number)
     for (folder, before, after), totals in sets.items():
+        folder = os.path.join(path, folder) if folder else path
+        if os.path.exists(os.path.join(folder, "state.json")):
+            continue
+        name = f"{before}*-of-*{after}"
         if len(totals) > 1:
             raise InputError(
-                f"{os.path.join(path, folder)}: files {before}*-of-*{after} of several sets, of "
+                f"{folder}: files {name} of several sets, of "
                 f"{' and of '.join(map(str, sorted(totals)))}. Keep those of one"
             )
-        for total, numbers in totals.items():
-            numbers |= elsewhere[before, after, total]
-            first = 0 if 0 in numbers or len(numbers) < total else 1
-            absent = total - sum(first <= number < first + total for number in numbers)
-            if absent:
-                missing = (n for n in range(first, first + total) if n not in numbers)
-                shown = [str(number) for number, _ in zip(missing, range(3), strict=False)]
-                where = os.path.join(path, folder)
-                raise InputError(
-                    f"{where}: {absent} of {total} files {before}*-of-*{after} are missing: number "
-                    f"{', '.join(shown)}{', …' if absent > 3 else ''}. Get them, or rename the "
-                    "others if these are all"
-                )
+        total = min(totals)
+        _check_numbers(numbers[before, after, total], total, folder, name)
+
+
+def _check_numbers(numbers: set[int], total: int, folder: str, name: str) -> None:
+    first = 1 if total in numbers and 0 not in numbers else 0
+    absent = total - sum(first <= number < first + total for number in numbers)
+    if absent:
+        missing = (number for number in range(first, first + total) if number not in numbers)
+        shown = ", ".join(map(str, itertools.islice(missing, 3)))
+        raise InputError(
+            f"{folder}: {absent} of {total} files {name} are missing: number {shown}"
+            f"{', …' if absent > 3 else ''}. Get them, or rename the others if these are all"
+        )
 
 
 def _numbered(file: str) -> _Numbered | None:

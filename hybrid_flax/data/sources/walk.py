@@ -80,7 +80,7 @@ def walk(folder: str, suffixes: tuple[str, ...]) -> Walk:
     left_out: collections.Counter[str] = collections.Counter()
     examples: dict[str, str] = {}
     visits: collections.Counter[tuple[int, int]] = collections.Counter()
-    todo = [(folder, (_key(folder),))]
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [(folder, (_key(folder),))]
     while todo:
         folder, way = todo.pop()
         for entry, reason in _entries(folder):
@@ -105,7 +105,10 @@ def subfolders(folder: str) -> tuple[list[str], Walk]:
 
     What `walk` leaves out is no folder here either.
     """
-    names, beside, left_out, examples = [], [], collections.Counter(), {}
+    names: list[str] = []
+    beside: list[str] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    examples: dict[str, str] = {}
     own = os.path.join(os.path.realpath(folder), "")
     for entry, reason in _entries(folder):
         if not reason and entry.is_symlink() and _is_folder(entry):
