@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from hybrid_flax.data.images import open_photo
-from hybrid_flax.data.sources.walk import name_below, say
+from hybrid_flax.data.sources.walk import say
 from hybrid_flax.errors import InputError
 
 TRY_DIGITS = (
@@ -131,9 +131,10 @@ def identity_of_files(files: Sequence[str], path: str) -> str:
     Of more than 1000 files only 1000, evenly spaced, are asked for their size: a million questions
     take a network minutes.
     """
-    asked = files[:: -(-len(files) // _SIZES) or 1]
-    sizes = [str(_size(file)) for file in asked]
-    return digest([*(name_below(path, file) for file in files), *sizes])
+    folder = os.path.join(path, "")
+    names = "\0".join(file.removeprefix(folder) for file in files)
+    sizes = [str(_size(file)) for file in files[:: -(-len(files) // _SIZES) or 1]]
+    return digest([names, *sizes])
 
 
 def _size(file: str) -> int:

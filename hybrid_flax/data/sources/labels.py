@@ -10,6 +10,7 @@ from hybrid_flax.errors import InputError
 
 _EVERY_SET_MAY_HAVE = 100_000  # classes, however few images it has
 _DIGITS = 18  # of a class number: it fits into an int64
+_NUMBER = re.compile(r"\+?0*([0-9]+)(?:\.0*)?")
 
 
 def class_number(value: object, where: str, limit: int | None = None) -> int:
@@ -59,20 +60,19 @@ def check_label_range(labels: np.ndarray, image: Callable[[int], str], where: st
 
 
 def _integer(value: object) -> int | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8-sig", errors="replace")
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value.strip("\ufeff \t\r\n\v\f"))
+        if not match:
+            return None
+        return int(match[1]) if len(match[1]) <= _DIGITS else 10**_DIGITS
     if isinstance(value, bool | np.bool_):
         return None
     if isinstance(value, int | np.integer):
         return int(value)
     if isinstance(value, float | np.floating):
         return int(value) if float(value).is_integer() else None
-    if isinstance(value, bytes):
-        value = value.decode("utf-8-sig", errors="replace")
-    if isinstance(value, str):
-        match = re.fullmatch(r"\+?0*([0-9]+)(\.0*)?", value.strip("\ufeff \t\r\n\v\f"))
-        if not match:
-            return None
-        digits = match[1]
-        return int(digits) if len(digits) <= _DIGITS else 10**_DIGITS
     return None
 
 
