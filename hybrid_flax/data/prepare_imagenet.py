@@ -15,17 +15,20 @@ TFDS's read both.
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tqdm
 
+from hybrid_flax.data.sources import index_file
+from hybrid_flax.data.sources.tar_members import members
+from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
 
 
@@ -67,7 +70,7 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("imagenet2012", data_dir=out)
+    builder = open_builder("imagenet2012", out)
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     folder = pathlib.Path(os.fspath(builder.data_dir))
     unfinished = folder / "unfinished"
@@ -90,7 +93,10 @@ def prepare(
             infos[split.name] = _write(split, found[split.name], tar.fileno(), builder, folder)
     builder.info.set_splits(tfds.core.SplitDict(list(infos.values())))
     builder.info.write_to_directory(folder)  # last: what is not whole does not look prepared
-    shutil.rmtree(unfinished)
+    for split in given:
+        (unfinished / f"{split.name}.npz").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what somebody else put there stays
+        unfinished.rmdir()
     return folder
 
 
@@ -100,23 +106,19 @@ def _index(split: Split, tar: str, folder: pathlib.Path, classes) -> _Images:
         raise InputError(f"there is no file {tar} ({split.name} images)")
     stamp = f"{os.path.getsize(tar)} {os.stat(tar).st_mtime_ns}"
     file = folder / f"{split.name}.npz"
-    if file.exists():
-        with np.load(file) as saved:
-            if str(saved["stamp"]) != stamp:
-                raise InputError(
-                    f"{folder.parent} has files from another {tar} than this. Give the same "
-                    "again, or delete the folder to begin anew"
-                )
-            return _Images(*(saved[name] for name in _Images._fields))
-    rows = []
+    found = index_file.load(file, stamp)
+    if found is not None and set(found) == set(_Images._fields):
+        return _Images(**found)
+    if file.exists() and any(folder.parent.glob(f"imagenet2012-{split.name}.*")):
+        raise InputError(
+            f"{folder.parent} has files from another {tar} than this. Give the same "
+            "again, or delete the folder to begin anew"
+        )
     progress = tqdm.tqdm(
         _members(tar, split.name), desc=f"looking through {split.name}", unit=" images",
         total=split.images, file=sys.stderr,
     )  # fmt: skip
-    try:
-        rows = sorted(progress, key=lambda row: row[0])  # by name
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"cannot read {tar}: {error}. Is the download complete?") from error
+    rows = sorted(progress, key=lambda row: row[0])  # by name
     if split.name == "train":
         labels = [wnid for _, wnid, *_ in rows]
     else:
@@ -126,6 +128,9 @@ def _index(split: Split, tar: str, folder: pathlib.Path, classes) -> _Images:
             f"{tar} has {len(rows):,} images, expected {split.images:,}: is the download complete, "
             "and is it the right file?"
         )
+    twice = [name for (name, *_), (after, *_) in itertools.pairwise(rows) if name == after]
+    if twice:  # labels of validation images are told by the order of the names
+        raise InputError(f"{tar} has {len(twice):,} images twice, such as {twice[0]}")
     unknown = sorted(set(labels) - set(classes.names))
     if unknown:
         raise InputError(f"{tar} has classes that ImageNet-1k has not: {', '.join(unknown[:5])}")
@@ -135,28 +140,40 @@ def _index(split: Split, tar: str, folder: pathlib.Path, classes) -> _Images:
         np.array([classes.str2int(label) for label in labels], np.int64),
         np.array([name.encode() for name, *_ in rows]),
     )
-    partial = file.with_suffix(".tmp.npz")
-    np.savez(partial, stamp=stamp, **images._asdict())
-    os.replace(partial, file)
+    try:
+        index_file.save(file, stamp, images._asdict())
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}") from error
     return images
 
 
 def _members(tar: str, split: str) -> Iterator[tuple[str, str, int, int]]:
     """(file name, class folder or "", offset in the tar file, size) of every image."""
-    with tarfile.open(tar, "r:") as archive:
-        for outer in archive:
-            if not outer.isfile():
-                continue
-            if split != "train":
-                yield os.path.basename(outer.name), "", outer.offset_data, outer.size
-                continue
-            # The training images lie in a tar file per class, inside the tar file.
-            wnid = os.path.basename(outer.name).removesuffix(".tar")
-            with tarfile.open(fileobj=archive.extractfile(outer), mode="r:") as inner:
-                for image in inner:
-                    if image.isfile():
-                        offset = outer.offset_data + image.offset_data
-                        yield os.path.basename(image.name), wnid, offset, image.size
+
+    def damaged(place: int, reason: str):
+        raise InputError(
+            f"cannot read {tar}: it is damaged at byte {place}: {reason}. Is the download complete?"
+        )
+
+    def files(stream: BinaryIO, begin: int, end: int):
+        for member in members(stream, begin, end, damaged, counted=True):
+            if member.kind == "sparse":
+                raise InputError(f"{tar}: {member.name} is stored as a sparse file (tar -S)")
+            if member.kind == "file" and not os.path.basename(member.name).startswith("."):
+                yield member
+
+    try:
+        with open(tar, "rb") as stream:
+            for outer in files(stream, 0, os.path.getsize(tar)):
+                if split != "train":
+                    yield os.path.basename(outer.name), "", outer.offset, outer.size
+                    continue
+                # The training images lie in a tar file per class, inside the tar file.
+                wnid = os.path.basename(outer.name).removesuffix(".tar")
+                for image in files(stream, outer.offset, outer.offset + outer.size):
+                    yield os.path.basename(image.name), wnid, image.offset, image.size
+    except OSError as error:
+        raise InputError(f"cannot read {tar}: {error.strerror}") from error
 
 
 def _validation_labels() -> list[str]:
@@ -216,10 +233,19 @@ def _write(split: Split, images: _Images, tar: int, builder, folder: pathlib.Pat
 
 def _write_shard(file: pathlib.Path, images: _Images, chosen: np.ndarray, tar: int, features):
     """One file, which is there whole or not at all."""
+    partial = file.parent / "unfinished" / file.name
+    try:
+        partial.unlink(missing_ok=True)  # of another time, or a link: nothing is written through it
+        _write_records(partial, images, chosen, tar, features)
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # array_record raises the second
+        raise InputError(f"cannot write {file}: {error}") from error
+
+
+def _write_records(file: pathlib.Path, images: _Images, chosen: np.ndarray, tar: int, features):
     from array_record.python import array_record_module
 
-    partial = file.parent / "unfinished" / file.name
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")  # as TFDS
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")  # as TFDS
     with contextlib.closing(writer):
         for index in chosen:  # class by class, much as they lie in the tar file
             size, offset = int(images.size[index]), int(images.offset[index])
@@ -235,7 +261,6 @@ def _write_shard(file: pathlib.Path, images: _Images, chosen: np.ndarray, tar: i
                     }
                 )
             )
-    os.replace(partial, file)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not tars:
             raise InputError("give --train_tar, --val_tar or both")
         folder = prepare(tars, options.out)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: the disk is full, or gone
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{folder} is prepared: --config.dataset.path={options.out}")

@@ -95,6 +95,15 @@ class Dataset:
     index: str = setting(
         "folder for the index of tar files; empty: beside them", TEXT, "", of_host=True
     )
+    image_column: str = setting(
+        "name of the images among a table's columns, TFDS's features, or the endings of a tar "
+        "file's members; empty: the usual ones",
+        TEXT,
+        "",
+    )
+    label_column: str = setting(
+        "name of the class numbers likewise, or a field of KEY.json in tar files", TEXT, ""
+    )
     cache: bool = setting("read all files once and keep them in memory", FLAG, False, of_host=True)
     decode: str = setting(
         "fast: a training photo at a fraction of its size where the crop is at least twice as "

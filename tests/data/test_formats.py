@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 from hybrid_flax.data.images import UnreadableImageError, rgb
-from hybrid_flax.data.sources import Encoded, EncodedSource, Source, open_source
+from hybrid_flax.data.sources import (
+    Encoded,
+    EncodedSource,
+    Source,
+    open_source,
+    table_scan,
+    tables,
+)
 from hybrid_flax.data.sources.memory import InMemory
 from tests.data.test_sources import write_images
 
@@ -137,7 +144,7 @@ def test_shards_that_cannot_be_used_are_named(shards, tmp_path):
         open_source("tar_shards", str(shards), "train")
     with tarfile.open(bad, "w:gz") as archive:
         archive.add(shards / "photos-train-0000.tar")
-    with pytest.raises(ValueError, match=r"cannot read .*0002.tar as a tar file.*Compressed"):
+    with pytest.raises(ValueError, match=r"0002.tar as a tar file: it is compressed \(gzip\)"):
         open_source("tar_shards", str(shards), "train")
     with pytest.raises(ValueError, match=r"has 4 .tar files, none for the split 'extra'"):
         open_source("tar_shards", str(shards), "train", train_split="extra")
@@ -146,7 +153,9 @@ def test_shards_that_cannot_be_used_are_named(shards, tmp_path):
 def test_a_shard_that_is_cut_off_later_gives_unreadable_images(shards):
     source = open_source("tar_shards", str(shards), "train")
     (shards / "photos-train-0001.tar").write_bytes(b"")
-    with pytest.raises(UnreadableImageError, match=r"0001.tar:2.jpg \(0 bytes\)"):
+    with pytest.raises(
+        UnreadableImageError, match=r"0001.tar:2.jpg: the file has 0 bytes, and had \d+"
+    ):
         source[2]
 
 
@@ -202,8 +211,16 @@ def test_names_of_classes_beside_arrow_files(tmp_path):
     assert (len(source), source.num_classes) == (2, 4)
 
 
-def test_tables_that_cannot_be_used_say_why(tmp_path):
+def look_through_here(files, image, label):
+    """As `tables._look_through`, but without a process, which takes half a second."""
+    for file in files:
+        yield json.loads(json.dumps(table_scan.scan(file, image, label)))
+
+
+def test_tables_that_cannot_be_used_say_why(tmp_path, monkeypatch):
     import pyarrow as pa
+
+    monkeypatch.setattr(tables, "_look_through", look_through_here)
 
     def refused(rows, message):
         write_arrow(tmp_path / "train.arrow", rows)
@@ -211,13 +228,16 @@ def test_tables_that_cannot_be_used_say_why(tmp_path):
             open_source("hugging_face", str(tmp_path), "train")
 
     refused(table(4, names=("cat", "dog")), "image number 2 has the label 2, and 1 of 4 labels are")
-    refused(table(4, label="caption"), "no column is named label or .*only image, caption")
+    refused(
+        table(4, label="caption"),
+        r"no column is named label or .*only image \(struct.*, caption \(int64\)",
+    )
     refused(table(4).drop_columns("image"), "one image column.*found none among the columns label")
     refused(table(2).slice(2), "the split 'train' of .* has no rows")
     unlabelled = table(2, names=None).set_column(1, "label", pa.array([-1, -1]))
     refused(unlabelled, "image number 0 has the label -1.*Splits without labels cannot be used")
     words = table(2, names=None).set_column(1, "label", pa.array(["cat", "dog"]))
-    refused(words, "column label holds string; expected class numbers")
+    refused(words, "train.arrow, column label: the label is 'cat'; expected a class number")
     (tmp_path / "train.arrow").write_text("no table")
     with pytest.raises(ValueError, match="cannot read .*train.arrow as an Arrow file"):
         open_source("hugging_face", str(tmp_path), "train")
@@ -226,13 +246,17 @@ def test_tables_that_cannot_be_used_say_why(tmp_path):
 def test_images_that_are_not_in_the_table_are_named(tmp_path):
     import pyarrow as pa
 
-    images = pa.array([{"bytes": None, "path": "/elsewhere/0.jpg"}, None], table(1)["image"].type)
-    write_arrow(tmp_path / "train.arrow", pa.table({"image": images, "label": [0, 1]}))
+    rows = [{"bytes": None, "path": "/elsewhere/0.jpg"}, None, {"bytes": jpeg(0), "path": ""}]
+    images = pa.array(rows, table(1)["image"].type)
+    write_arrow(tmp_path / "train.arrow", pa.table({"image": images, "label": [0, 1, 1]}))
     source = open_source("hugging_face", str(tmp_path), "train")
-    with pytest.raises(UnreadableImageError, match=r"row 0: its bytes .*path /elsewhere/0.jpg"):
+    with pytest.raises(UnreadableImageError, match="row 0: its bytes are not in the file"):
         source[0]
     with pytest.raises(UnreadableImageError, match="train.arrow, row 1: its bytes are not in"):
         source[1]
+    write_arrow(tmp_path / "train.arrow", pa.table({"image": images[:2], "label": [0, 1]}))
+    with pytest.raises(ValueError, match="column image has no images, only paths to them"):
+        open_source("hugging_face", str(tmp_path), "train")
 
 
 # ------------------------------------------------------------------------------ parts and memory

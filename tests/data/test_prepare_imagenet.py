@@ -130,7 +130,11 @@ def test_tar_files_that_are_not_whole_or_not_imagenet_are_refused(tars, tmp_path
 
 
 def test_files_of_another_tar_file_are_not_mixed_in(tars, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_imagenet, "_write_shard", lambda *_: 1 / 0)
+    def writes_one(file, *_):
+        file.touch()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(prepare_imagenet, "_write_shard", writes_one)
     with pytest.raises(ZeroDivisionError):
         prepare(tars, str(tmp_path / "out"), SMALL, num_classes=2)
     with open(tars["train"], "ab") as stream:
@@ -151,3 +155,32 @@ def test_the_validation_labels_are_those_that_tfds_brings():
     assert len(labels) == 50_000
     assert {labels.count(wnid) for wnid in sorted(set(labels))[:20]} == {50}
     assert len(set(labels)) == 1000
+
+
+def test_damage_in_a_tar_file_is_told_with_its_place(tars, tmp_path):
+    whole = bytearray((tmp_path / "train.tar").read_bytes())
+    second = whole.index(b"n01443537.tar")
+    place = whole.index(b"n01443537_1.JPEG")
+    for byte, what in ((second, "header of a member"), (place, "header of a member")):
+        damaged = bytearray(whole)
+        damaged[byte + 3] ^= 4
+        (tmp_path / "bad.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"bad.tar: it is damaged at byte {byte}: the {what}"):
+            prepare(tars | {"train": str(tmp_path / "bad.tar")}, str(tmp_path / "out"), SMALL, 2)
+
+
+def test_an_image_that_is_there_twice_is_refused(tars, tmp_path):
+    names = [f"ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 2, 4)]
+    write_shard(tmp_path / "val.tar", [(name, jpeg(0)) for name in names])
+    with pytest.raises(ValueError, match="has 1 images twice, such as ILSVRC2012_val_00000002"):
+        prepare(tars, str(tmp_path / "out"), SMALL, num_classes=2)
+
+
+def test_what_others_put_beside_unfinished_files_stays(tars, tmp_path):
+    unfinished = tmp_path / "out" / "imagenet2012" / "5.1.0" / "unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "notes.txt").write_text("mine")
+    (unfinished / "train.npz").write_text("damaged")  # made anew
+    prepare(tars, str(tmp_path / "out"), SMALL, num_classes=2)
+    assert [file.name for file in unfinished.iterdir()] == ["notes.txt"]
+    assert content(tmp_path / "out", "train") == TRAIN

@@ -19,6 +19,7 @@ from hybrid_flax.data.sources.part import Subset, numbered_by, part_of, split_na
 from hybrid_flax.data.sources.tables import HuggingFace
 from hybrid_flax.data.sources.tars import TarShards
 from hybrid_flax.data.sources.tfds import TfdsSource
+from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Dataset
 
 __all__ = [
@@ -41,6 +42,9 @@ def open_source(
     val_split: str = "val",
     index: str = "",
     cache: bool = False,
+    image_column: str = "",
+    label_column: str = "",
+    skip_damaged: bool = False,
     classes: Sequence[str] | None = None,
 ) -> EncodedSource:
     """Opens one split of a dataset.
@@ -54,6 +58,9 @@ def open_source(
       val_split: likewise.
       index: folder for the index of tar files, "" for beside them.
       cache: read every file once, now, and keep the bytes in memory that all processes share.
+      image_column: what tar shards, tables or TFDS call the images, "" for the usual names.
+      label_column: likewise the class numbers.
+      skip_damaged: use what is whole in damaged tar shards, and count what is lost.
       classes: names that number the classes, those a model was trained with; None: the data's own
         number them. Data without names keeps its numbers.
 
@@ -63,29 +70,37 @@ def open_source(
     """
     path = os.path.expanduser(path)  # which a shell does not do behind an equals sign
     wanted = val_split if split == "val" else train_split
+    columns = {"image_column": image_column, "label_column": label_column}
+    tars = {"index": index, "skip_damaged": skip_damaged}
+    if name in _WITHOUT_COLUMNS and any(columns.values()):
+        raise InputError(
+            f"--config.dataset.image_column={image_column}, label_column={label_column}: dataset "
+            f"{name} has no columns; leave them empty"
+        )
     if name in _OURS:
         base, part = split_name(wanted)
         train, _ = split_name(train_split)
         if classes is not None and name == "image_folder":
             train = base  # not the training folders, but `classes` will number these
-        source = _OURS[name](path, base, train, index)
+        source = _OURS[name](path, base, train, columns, tars)
         if part:
             source = part_of(source, part, wanted)
     else:
-        source = TfdsSource(name, path, wanted)
+        source = TfdsSource(name, path, wanted, **columns)
     source = numbered_by(source, classes)
     return InMemory(source) if cache else source
 
 
-_OURS: dict[str, Callable[[str, str, str, str], EncodedSource]] = {
-    "digits": lambda path, split, train, index: Digits(split),
-    "image_folder": lambda path, split, train, index: ImageFolder(path, split, train),
-    "list_files": lambda path, split, train, index: ListFiles(path, split, train),
-    "tar_shards": lambda path, split, train, index: TarShards(
-        path, split, train=train, index=index
+_OURS: dict[str, Callable[[str, str, str, dict, dict], EncodedSource]] = {
+    "digits": lambda path, split, train, columns, tars: Digits(split),
+    "image_folder": lambda path, split, train, columns, tars: ImageFolder(path, split, train),
+    "list_files": lambda path, split, train, columns, tars: ListFiles(path, split, train),
+    "tar_shards": lambda path, split, train, columns, tars: TarShards(
+        path, split, train=train, **columns, **tars
     ),
-    "hugging_face": lambda path, split, train, index: HuggingFace(path, split),
+    "hugging_face": lambda path, split, train, columns, tars: HuggingFace(path, split, **columns),
 }
+_WITHOUT_COLUMNS = ("digits", "image_folder", "list_files")
 
 
 def source_of(dataset: Dataset, split: str, classes: Sequence[str] | None = None) -> EncodedSource:
@@ -98,5 +113,8 @@ def source_of(dataset: Dataset, split: str, classes: Sequence[str] | None = None
         val_split=dataset.val_split,
         index=dataset.index,
         cache=dataset.cache,
+        image_column=dataset.image_column,
+        label_column=dataset.label_column,
+        skip_damaged=dataset.on_unreadable == "skip",
         classes=classes,
     )
