@@ -97,10 +97,11 @@ def _load(file: str, image: str) -> np.ndarray:
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError, …
-        # torch's own advice on the lines that follow is to run whatever code the file has.
         reason = (str(error).splitlines() or [""])[0][:200]
+        if "weights_only" in str(error):  # torch's advice is to run whatever code a file has
+            reason = "it holds something else than a tensor, or is damaged"
         raise InputError(
-            f"cannot read label map {file}: {type(error).__name__}: {reason}. Get it, or make it, "
+            f"cannot read label map {file}: {reason or type(error).__name__}. Get it, or make it, "
             "again"
         ) from error
     try:

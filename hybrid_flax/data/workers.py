@@ -41,6 +41,7 @@ class ReadAhead:
         if num_workers:
             batches = _in_processes(batches, num_workers, batch_bytes)
         self._batches: Any = iter(batches)
+        self._num_workers = num_workers
         self._what = f"{num_workers} processes prepare batches of {_show(batch_bytes)}"
 
     def __iter__(self) -> "ReadAhead":
@@ -55,6 +56,8 @@ class ReadAhead:
                 raise TrainingError(_why_it_died(int(died[1]), self._what)) from error
             raise
         except OSError as error:
+            if not self._num_workers:
+                raise
             raise TrainingError(
                 f"a process that prepares batches cannot go on: {error}. {self._what}; shared "
                 f"memory ({_SHARED}): {_show_shared()}. {_ADVICE}"
