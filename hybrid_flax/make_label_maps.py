@@ -57,19 +57,21 @@ def main(
             f"{settings.model.name} cannot annotate: its classifier reads the whole map, not "
             "places. Take a GC ViT, L2ViT, GLNet or unified model"
         )
+    _check_out(out)
     files = [label_map_file(out, source.name(index)) for index in range(len(source))]
     if len(set(files)) < len(files):
         raise InputError(
             f"only {len(set(files))} of {len(files)} images differ in folder and name, by which "
             "label maps are found. Rename the images"
         )
-    missing = [index for index, file in enumerate(files) if not os.path.exists(file)]
+    missing = [index for index, file in enumerate(files) if not os.path.isfile(file)]
     print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
     annotate = _annotating_step(as_function(model), settings.dataset, mesh)
     batches = eval_batches(
         EvalTransform.from_config(settings, Subset(source, missing)),
         batch_size=round_up(settings.eval.batch_size, mesh),
         num_workers=settings.dataset.num_workers,
+        need_some=False,  # those that a run before this one could not read may be all there are
     )
     with contextlib.closing(batches), tqdm(total=len(missing), unit="image") as bar:
         for batch in batches:
@@ -77,7 +79,7 @@ def main(
             maps = np.asarray(annotate(weights, images))
             for label_map, index, counts in zip(maps, batch["index"], batch["mask"], strict=True):
                 if counts:
-                    _save(label_map, files[missing[index]])
+                    _save(label_map, files[missing[index]], out)
             bar.update(int(batch["mask"].sum()))
     return 0
 
@@ -100,12 +102,36 @@ def _annotating_step(apply, dataset: Dataset, mesh: Mesh):
     )
 
 
-def _save(label_map: np.ndarray, file: str) -> None:
+def _check_out(out: str) -> None:
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out={out}: cannot make this folder: {error.strerror}") from error
+
+
+def _save(label_map: np.ndarray, file: str, out: str) -> None:
+    """Writes a map whole or not at all, below `out`, and through no link.
+
+    Raises InputError, naming the file, if that cannot be.
+    """
     import torch
 
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    torch.save(torch.from_numpy(label_map.copy()), f"{file}.part")
-    os.replace(f"{file}.part", file)
+    folder, part = os.path.dirname(file), f"{file}.part"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        top = os.path.realpath(out)
+        if os.path.realpath(folder) not in (top, os.path.join(top, os.path.basename(folder))):
+            raise InputError(
+                f"{folder} is a link to {os.path.realpath(folder)}: label maps are written below "
+                f"--out={out} only. Remove the link"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)  # what a kill left
+        with open(part, "xb") as stream:  # a new file: no link is followed
+            torch.save(torch.from_numpy(label_map.copy()), stream)
+        os.replace(part, file)
+    except OSError as error:
+        raise InputError(f"cannot write label map {file}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hybrid_flax.build import open_split
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
 from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import EncodedSource
+from hybrid_flax.data.sources.base import check_labels
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Settings
@@ -49,7 +50,11 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     file = os.path.join(folder, "inspect.png")
     try:
         os.makedirs(folder, exist_ok=True)
-        _picture(transform, settings.seed).save(file)
+        picture = _picture(transform, settings.seed)
+        # Neither through a link, nor into a pipe.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(file, flags, 0o666), "wb") as stream:
+            picture.save(stream, "PNG")
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from error
     sample = np.random.default_rng(0).permutation(len(source))
@@ -88,8 +93,10 @@ def _class_counts(source: EncodedSource, sample: np.ndarray) -> str:
     labels, whole = source.labels, ""
     if labels is None:
         sample = sample[: 20 * _SAMPLE]
-        labels = np.array([source.read(int(index)).label for index in sample])
+        known = [label for index in sample for label in _labels(source, int(index))]
+        labels = np.array(known, np.int64)
         whole = f" in a sample of {len(sample):,}" if len(sample) < len(source) else ""
+    check_labels(labels, source.num_classes, "the training images")
     counts = np.bincount(labels, minlength=source.num_classes)
     empty = np.flatnonzero(counts == 0)
     names = source.class_names or list(map(str, range(source.num_classes)))
@@ -102,6 +109,14 @@ def _class_counts(source: EncodedSource, sample: np.ndarray) -> str:
         shown = ", ".join(names[label] for label in empty[:5])
         line += f"; {len(empty)} classes have none: {shown}{', …' if empty[5:].size else ''}"
     return line
+
+
+def _labels(source: EncodedSource, index: int) -> list[int]:
+    """The label of an image; none if it cannot be read, which `_sizes` says."""
+    try:
+        return [source.read(index).label]
+    except UnreadableImageError:
+        return []
 
 
 def _sizes(source: EncodedSource, sample: np.ndarray, image_size: int) -> list[str]:

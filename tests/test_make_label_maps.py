@@ -1,5 +1,7 @@
 """From annotating a folder of images to token labelling with its maps."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 import hybrid_flax.make_label_maps
 from hybrid_flax.build import build_model, prepare
 from hybrid_flax.data.images import eval_crop
+from hybrid_flax.errors import InputError
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings import from_config
 from hybrid_flax.start import TrainedWeights
@@ -121,3 +124,31 @@ def test_models_without_places_cannot_annotate(folder, monkeypatch):
     monkeypatch.setattr(hybrid_flax.make_label_maps, "open_trained", lambda *_: found)
     with pytest.raises(ValueError, match="ga_convnext_t cannot annotate: its classifier reads the"):
         hybrid_flax.make_label_maps.main(config, str(folder / "run"), str(folder / "maps"))
+
+
+def test_maps_are_written_below_out_and_through_no_link(tmp_path):
+    label_map, out = np.zeros((2, 1, 3, 3), np.float16), tmp_path / "maps"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("mine")
+    (out / "a").mkdir(parents=True)
+    for link in ("x.pt", "x.pt.part"):
+        (out / "a" / link).symlink_to(elsewhere / "mine")
+    hybrid_flax.make_label_maps._save(label_map, str(out / "a" / "x.pt"), str(out))
+    assert torch.load(out / "a" / "x.pt").shape == label_map.shape
+    assert os.listdir(out / "a") == ["x.pt"]
+    assert (elsewhere / "mine").read_text() == "mine"
+    (out / "b").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="b is a link to .*elsewhere: .*--out=.*Remove the link"):
+        hybrid_flax.make_label_maps._save(label_map, str(out / "b" / "x.pt"), str(out))
+    assert os.listdir(elsewhere) == ["mine"]
+
+
+def test_a_place_where_nothing_can_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out=.*file: cannot make this folder"):
+        hybrid_flax.make_label_maps._check_out(str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot write label map .*file/a/x.pt"):
+        hybrid_flax.make_label_maps._save(
+            np.zeros((2, 1, 3, 3), np.float16), str(tmp_path / "file" / "a" / "x.pt"), str(tmp_path)
+        )

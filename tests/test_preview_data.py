@@ -74,3 +74,19 @@ def test_a_picture_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write .*file/inspect.png"):
         preview_data.inspect(tiny.get_config(), str(tmp_path / "file"))
+
+
+def test_no_picture_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "inspect.png").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"cannot write .*inspect.png"):
+        preview_data.inspect(tiny.get_config(), str(tmp_path))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_labels_beyond_the_classes_are_named():
+    source = open_source("digits", "", "train")
+    for wrong in (-1, 10):
+        source.labels = np.array([0, wrong])
+        with pytest.raises(ValueError, match=f"image number 1 has the label {wrong}"):
+            _class_counts(source, np.arange(2))

@@ -8,6 +8,10 @@ from PIL import Image, UnidentifiedImageError
 
 from hybrid_flax.errors import InputError
 
+# What is opened at all: the formats of image datasets, by Pillow's names. Everything else that
+# Pillow knows (PostScript, which it hands to Ghostscript, HDF5, GRIB, WMF, …) is only a risk.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
+
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -32,19 +36,23 @@ def pillow_filter(interpolation: str) -> Image.Resampling:
 
 
 def open_photo(data: bytes, name: str) -> Image.Image:
-    """Reads the head of an image file of any format Pillow knows; `rgb` decodes the rest.
+    """Reads the head of an image file of one of `FORMATS`; `rgb` decodes the rest.
 
     An orientation noted in EXIF is not applied: timm and torchvision do not, and published
-    accuracies are without. An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
-    pixels) counts as unreadable: Pillow takes it for an attack on memory.
+    accuracies are without. Of an animation, or of several pages, it is the first. An image of more
+    than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels) counts as unreadable: Pillow takes
+    it for an attack on memory.
 
     Raises UnreadableImageError, naming the image, for anything else than an image.
     """
     try:
-        photo = Image.open(io.BytesIO(data))
+        photo = Image.open(io.BytesIO(data), formats=FORMATS)
+        if not all(photo.size):
+            raise ValueError(f"it has {photo.width} × {photo.height} pixels")
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
-            f"cannot read image {name} ({len(data)} bytes): in no format that Pillow knows"
+            f"cannot read image {name} ({len(data)} bytes): in none of the formats "
+            + ", ".join(FORMATS)
         ) from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, …
         raise UnreadableImageError(
@@ -59,19 +67,43 @@ def rgb(photo: Image.Image) -> Image.Image:
     """Decodes, and converts any mode as timm does: transparency is dropped, not blended.
 
     16-bit grey keeps its upper eight bits, where Pillow's own conversion would cut off at 255.
+    Of 32-bit integers and floats nothing says which value is white: they count as unreadable.
 
     Raises UnreadableImageError, naming the image, for an incomplete or damaged file.
     """
     try:
         photo.load()
-        if photo.mode.startswith("I"):
-            photo = Image.fromarray((np.asarray(photo) >> 8).clip(0, 255).astype(np.uint8))
+        if not all(photo.size):
+            raise ValueError("it has no pixels")
+        bits = _grey_bits(photo)
+        if bits:
+            photo = Image.fromarray((np.asarray(photo) >> (bits - 8)).clip(0, 255).astype(np.uint8))
+        elif photo.mode[0] in "IF":
+            raise ValueError(
+                "its pixels are signed or 32-bit integers, or floats, and nothing says which "
+                "value is white; save it with 8 or 16 bits"
+            )
         elif photo.mode == "P":
             photo = photo.convert("RGBA")  # a palette with transparency, too
         return photo if photo.mode == "RGB" else photo.convert("RGB")
     except Exception as error:
         name = getattr(photo, "filename", "") or f"of mode {photo.mode}, {photo.size}"
         raise UnreadableImageError(f"cannot read image {name}: {error}") from error
+
+
+def _grey_bits(photo: Image.Image) -> int:
+    """How many bits the values of a decoded grey image have, if more than 8 are known; else 0."""
+    if photo.format in ("PNG", "PPM") and photo.mode == "I":  # of 16 bits, as Pillow reads them
+        return 16
+    if not photo.mode.startswith("I;16"):
+        return 0
+    tags = getattr(photo, "tag_v2", {})  # of TIFF
+    if tags.get(_PHOTOMETRIC) == 0:
+        raise ValueError("16-bit grey whose 0 is white; save it with 0 for black")
+    return 12 if tags.get(_BITS_PER_SAMPLE) in (12, (12,)) else 16
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
 def eval_crop(
@@ -95,23 +127,54 @@ def eval_crop(
       uint8 [image_size, image_size, 3].
 
     Raises:
-      ValueError: unknown mode or filter, or a fraction outside (0, 1].
+      InputError: unknown mode or filter, a fraction below 0.01 or above 1, or an unreadable photo.
     """
-    if not 0 < crop_fraction <= 1:
-        raise InputError(f"crop_fraction={crop_fraction}: expected a number above 0, up to 1")
+    check_eval_crop(crop_fraction, crop_mode)
     resample = pillow_filter(interpolation)
     resized = math.floor(image_size / crop_fraction)
-    width, height = photo.size
-    if crop_mode == "squash":
-        width = height = resized
-    elif crop_mode == "center":
-        shorter = min(width, height)
-        width, height = int(resized * width / shorter), int(resized * height / shorter)
-    else:
-        raise InputError(f'unknown crop_mode {crop_mode!r}; choose "center" or "squash"')
-    photo = rgb(photo).resize((width, height), resample)
+    photo = rgb(photo)
+    width = height = resized
+    if crop_mode == "center":
+        shorter = min(photo.size)
+        width, height = (resized * side // shorter for side in photo.size)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    return np.asarray(photo.crop((left, top, left + image_size, top + image_size)))
+    box = (left, top, left + image_size, top + image_size)
+    if width * height <= _WHOLE * image_size**2:
+        return np.asarray(photo.resize((width, height), resample).crop(box))
+    return np.asarray(_part_of_resized(photo, (width, height), box, resample))
+
+
+# A photo is resized as a whole, as published accuracies are measured, if it then has no more than
+# so many times the crop's pixels: with the usual fractions, up to an aspect ratio of 1 to 24.
+_WHOLE = 32
+_LEAST_FRACTION = 0.01
+
+
+def check_eval_crop(crop_fraction: float, crop_mode: str) -> None:
+    """Raises InputError for a fraction or a mode that `eval_crop` does not take."""
+    if not _LEAST_FRACTION <= crop_fraction <= 1:
+        raise InputError(
+            f"crop_fraction={crop_fraction}: expected a number above 0, up to 1, and no less than "
+            f"{_LEAST_FRACTION}"
+        )
+    if crop_mode not in ("center", "squash"):
+        raise InputError(f'unknown crop_mode {crop_mode!r}; choose "center" or "squash"')
+
+
+def _part_of_resized(
+    photo: Image.Image, size: tuple[int, int], box: "Box", resample: Image.Resampling
+) -> Image.Image:
+    """What `photo.resize(size).crop(box)` shows up to rounding, at the cost of the box alone."""
+    scales = photo.width / size[0], photo.height / size[1]
+    part = [side * scales[i % 2] for i, side in enumerate(box)]  # in pixels of the photo
+    reach = [math.ceil(3 * max(scale, 1)) + 1 for scale in scales]  # of lanczos, the widest filter
+    # Pillow takes the part in float32, which is exact enough near 0 only.
+    x, y = (max(math.floor(part[i]) - reach[i], 0) for i in (0, 1))
+    right, bottom = (min(math.ceil(part[2 + i]) + reach[i], photo.size[i]) for i in (0, 1))
+    near = photo.crop((x, y, right, bottom))
+    x0, y0, x1, y1 = part[0] - x, part[1] - y, part[2] - x, part[3] - y
+    wanted = (max(x0, 0.0), max(y0, 0.0), min(x1, near.width), min(y1, near.height))
+    return near.resize((box[2] - box[0], box[3] - box[1]), resample, wanted)
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -151,8 +214,8 @@ def random_resized_crop(
             break
     else:
         aspect = min(max(width / height, ratio[0]), ratio[1])
-        crop_width = min(width, round(height * aspect))
-        crop_height = min(height, round(width / aspect))
+        crop_width = max(min(width, round(height * aspect)), 1)
+        crop_height = max(min(height, round(width / aspect)), 1)
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
     box = (left, top, left + crop_width, top + crop_height)
     photo, factor = _decode_part(photo, box, image_size if fast else None)

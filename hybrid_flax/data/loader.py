@@ -14,7 +14,8 @@ import numpy as np
 
 from hybrid_flax.data.order import RowsOfBatches, batches_per_epoch, image_order
 from hybrid_flax.data.transforms import Batch, EvalTransform, TrainTransform
-from hybrid_flax.data.workers import read_ahead
+from hybrid_flax.data.workers import ReadAhead
+from hybrid_flax.errors import InputError
 
 
 class Batches(Protocol):
@@ -51,7 +52,8 @@ def train_batches(
     order = image_order(transform.source, batch_size, seed, repeats, group)
     rows = np.arange(batch_size) if rows is None else rows
     images = RowsOfBatches(order.random_map(transform), batch_size, rows)
-    return iter(read_ahead(images.batch(len(rows)).repeat()[start_step:], num_workers))
+    batches = images.batch(len(rows)).repeat()[start_step:]
+    return ReadAhead(batches, num_workers, len(rows) * transform.example_bytes)
 
 
 def eval_batches(
@@ -60,16 +62,30 @@ def eval_batches(
     batch_size: int,
     num_workers: int = 0,
     rows: np.ndarray | None = None,
+    need_some: bool = True,
 ) -> Generator[Batch, None, None]:
     """Reads every image of the source once, in order, as batches that all have `batch_size` rows.
 
     The last one is filled up with zero images whose `mask` is 0. With `rows` only these rows of
     each batch are read. Yields `image` uint8 [B, H, W, 3], `label` and `index` int32 [B], `mask`
     float32 [B].
+
+    With `need_some`, raises InputError in the end if there are images and none could be read.
     """
     count = -(-len(transform.source) // batch_size)
     images = grain.MapDataset.range(count * batch_size).map(transform)
     rows = np.arange(batch_size) if rows is None else rows
     dataset = RowsOfBatches(images, batch_size, rows).batch(len(rows))
-    with contextlib.closing(iter(read_ahead(dataset, num_workers))) as batches:
-        yield from batches
+    readable = 0
+    ahead = ReadAhead(dataset, num_workers, len(rows) * transform.example_bytes)
+    with contextlib.closing(ahead) as batches:
+        for batch in batches:
+            readable += int(batch["mask"].sum())
+            yield batch
+    if (
+        need_some and count and not readable and len(rows) == batch_size
+    ):  # else other processes may have some
+        raise InputError(
+            f"none of {len(transform.source)} images can be read, see the warnings: is this the "
+            "right folder?"
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 import tempfile
 import weakref
@@ -19,7 +20,13 @@ from hybrid_flax.data.augmentation.operations import (
     fill_colour,
 )
 from hybrid_flax.data.augmentation.policies import Policy, parse_policy
-from hybrid_flax.data.images import UnreadableImageError, eval_crop, random_resized_crop, rgb
+from hybrid_flax.data.images import (
+    UnreadableImageError,
+    check_eval_crop,
+    eval_crop,
+    random_resized_crop,
+    rgb,
+)
 from hybrid_flax.data.label_maps import LabelMaps, move
 from hybrid_flax.data.sources import Source
 from hybrid_flax.errors import InputError
@@ -28,6 +35,7 @@ from hybrid_flax.settings import Dataset, Settings
 Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]
 
+_LABELS = 32  # bytes, of an example's labels and indices, rounded up
 _SUBSTITUTES = 50  # neighbours tried for an unreadable training image
 
 
@@ -100,6 +108,12 @@ class TrainTransform(_SentAsFile):
             fast_decode=dataset.decode == "fast",
             label_maps=_open_label_maps(dataset, source),
         )
+
+    @property
+    def example_bytes(self) -> int:
+        """Memory of an example."""
+        maps = self.label_maps
+        return 3 * self.image_size**2 + (2 * math.prod(maps.shape) if maps else 0) + _LABELS
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         if self.label_maps is None:
@@ -187,7 +201,8 @@ class EvalTransform(_SentAsFile):
 
     @classmethod
     def from_config(cls, config: Settings, source: Source) -> "EvalTransform":
-        """Makes the transform that the settings ask for."""
+        """Makes the transform that the settings ask for; InputError for a crop that is none."""
+        check_eval_crop(config.eval.crop_fraction, config.eval.crop_mode)
         return cls(
             source=source,
             image_size=config.model.image_size,
@@ -196,6 +211,11 @@ class EvalTransform(_SentAsFile):
             interpolation=config.eval.interpolation,
             skip_unreadable=config.dataset.on_unreadable == "skip",
         )
+
+    @property
+    def example_bytes(self) -> int:
+        """Memory of an example."""
+        return 3 * self.image_size**2 + _LABELS
 
     def __call__(self, index: int) -> Example:
         if index >= len(self.source):

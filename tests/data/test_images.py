@@ -234,3 +234,116 @@ def test_fast_decoding_gives_almost_the_same_crop():
         for side in (32, 63, 64, 127, 128, 256, 427)
     ]
     assert factors == [1, 1, 2, 2, 4, 8, 8]
+
+
+# --------------------------------------------------------------- what nobody needs, and odd values
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n",
+        b"\x89HDF\r\n\x1a\n" + bytes(64),
+        b"GRIB\0\0\0\1" + bytes(64),
+        b"BUFR\0\0\0\4" + bytes(64),
+        b"\xd7\xcd\xc6\x9a\x00\x00" + bytes(64),  # WMF
+    ],
+    ids=["EPS", "HDF5", "GRIB", "BUFR", "WMF"],
+)
+def test_formats_that_no_dataset_has_are_not_opened(data):
+    with pytest.raises(
+        UnreadableImageError, match="image x.jpg .*in none of the formats JPEG, PNG"
+    ):
+        open_photo(data, "x.jpg")
+
+
+def test_of_an_animation_it_is_the_first_image():
+    frames = [Image.new("RGB", (9, 7), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        data = stored(frames[0], kind, save_all=True, append_images=frames[1:])
+        np.testing.assert_allclose(
+            rgb(open_photo(data, "x")).getpixel((4, 3)), (255, 0, 0), atol=3, err_msg=kind
+        )
+
+
+GREY = np.arange(64).reshape(8, 8) * 4
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"),
+    [
+        (GREY.astype(np.int32), "TIFF"),
+        ((GREY / 255).astype(np.float32), "TIFF"),
+        (GREY.astype(np.float32), "PPM"),  # written as PFM
+    ],
+    ids=["int32", "float", "PFM"],
+)
+def test_values_that_may_mean_any_grey_are_refused_not_black(array, kind):
+    data = stored(Image.fromarray(array), kind)
+    for photo in (open_photo(data, "scan.tif"), Image.fromarray(array)):
+        with pytest.raises(UnreadableImageError, match="nothing says which value is white"):
+            eval_crop(photo, 8)
+
+
+def test_an_image_without_pixels_is_unreadable():
+    with pytest.raises(UnreadableImageError, match="it has no pixels"):
+        eval_crop(Image.new("RGB", (0, 5)), 8)
+    with pytest.raises(UnreadableImageError, match="empty.ppm"):
+        open_photo(b"P6 0 5 255\n", "empty.ppm")
+
+
+def test_grey_of_12_bits_and_of_wider_ppm_keeps_its_range():
+    packed = bytes([0x80, 0x08, 0x00])  # two pixels of 2048
+    entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1),
+               (279, 3)]  # fmt: skip
+    head = b"II*\0" + (12).to_bytes(4, "little") + packed + b"\0"
+    body = b"".join(
+        tag.to_bytes(2, "little") + b"\x03\0\x01\0\0\0" + value.to_bytes(4, "little")
+        for tag, value in entries
+    )
+    tiff = head + len(entries).to_bytes(2, "little") + body + bytes(4)
+    assert rgb(open_photo(tiff, "x")).getpixel((0, 0)) == (128, 128, 128)
+    pgm = b"P5 1 1 4095\n" + (2048).to_bytes(2, "big")
+    assert rgb(open_photo(pgm, "x")).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("size", [(5, 4000), (4000, 5), (90, 61)])
+@pytest.mark.parametrize("interpolation", images.FILTERS)
+@pytest.mark.parametrize(("crop_mode", "fraction"), [("center", 0.875), ("squash", 0.5)])
+def test_the_crop_alone_is_resized_to_the_same_pixels(
+    monkeypatch, size, interpolation, crop_mode, fraction
+):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    source, crops = Image.fromarray(noise), []
+    for most in (10**9, 0):  # as a whole, in part
+        monkeypatch.setattr(images, "_WHOLE", most)
+        crops.append(eval_crop(source, 16, fraction, crop_mode, interpolation).astype(int))
+    differences = np.abs(crops[0] - crops[1])
+    if interpolation in ("nearest", "box"):  # a centre may lie on the border of two pixels
+        assert (differences > 1).mean() < 0.1
+    else:
+        assert differences.max() <= 1
+
+
+def test_ordinary_photos_are_resized_as_a_whole(monkeypatch):
+    monkeypatch.setattr(images, "_part_of_resized", None)
+    for size in ((24, 1), (640, 427), (500, 4000)):
+        eval_crop(Image.new("RGB", size), 32)
+
+
+def test_a_crop_of_almost_nothing_is_refused():
+    eval_crop(Image.new("RGB", (64, 64)), 224, 0.01)  # 22,400 pixels square, if it were resized
+    for fraction in (0.009, 1e-300, float("nan"), -1.0):
+        with pytest.raises(ValueError, match=r"crop_fraction=.*no less than 0\.01"):
+            eval_crop(Image.new("RGB", (8, 8)), 8, fraction)
+
+
+def test_a_training_crop_has_at_least_a_pixel():
+    rng = np.random.default_rng(0)
+    for size in ((5, 1), (1, 5)):
+        crop, box = random_resized_crop(
+            Image.new("RGB", size), 8, (0.9, 1.0), (0.1, 0.2), "bilinear", rng
+        )
+        assert crop.size == (8, 8)
+        assert box[2] > box[0]
+        assert box[3] > box[1]

@@ -1,6 +1,9 @@
 """Label maps: what the files must be, and that they go where their images go."""
 
+import os
+import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 
 from hybrid_flax.data.augmentation.operations import Operation, apply_operations
 from hybrid_flax.data.label_maps import LabelMaps, label_map_file, move
+from hybrid_flax.errors import InputError
 
 
 def test_maps_are_found_by_the_names_of_image_and_folder():
@@ -91,6 +95,78 @@ def test_files_that_are_no_label_maps(maps, content, message):
     write(f"{maps.root}/cat/2.pt", content)
     with pytest.raises(ValueError, match=re.escape(message)):
         maps.read("train/cat/2.jpg")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of quantised tensors
+def test_tensors_of_every_kind_are_used_or_named(maps):
+    """Used: what is dense, whatever its strides and type. Everything else is refused by name."""
+    plain = torch.arange(160.0).reshape(2, 5, 4, 4) % 10
+    for number, fine in enumerate(
+        (
+            plain.to(torch.bfloat16),
+            plain.long(),
+            plain.requires_grad_(),
+            torch.nn.Parameter(plain),
+            plain.flip(3).transpose(2, 3),
+            torch.ones(1).expand(2, 5, 4, 4),
+            plain.neg().neg(),
+        )
+    ):
+        write(f"{maps.root}/cat/fine{number}.pt", fine)
+        found = maps.read(f"cat/fine{number}.jpg")
+        np.testing.assert_array_equal(found, fine.detach().double().numpy())
+    quantised = torch.quantize_per_tensor(plain.detach(), 1.0, 0, torch.quint8)
+    for number, (odd, message) in enumerate(
+        (
+            (plain.detach().to_sparse(), "a sparse_coo tensor .*expected a dense tensor"),
+            (plain.detach().to("meta"), "on meta: expected a dense tensor"),
+            (quantised, "a quantised tensor"),
+            (plain.to(torch.complex64), "complex64 on cpu: expected floats or integers"),
+            (plain > 3, "bool on cpu: expected floats or integers"),
+            (torch.zeros(1).expand(2, 5, 30000, 30000), "has shape .*expected 1 to"),
+            (torch.zeros(2, 0, 4, 4), "has shape .*expected 1 to"),
+            (plain + 0.5, "classes that are no whole numbers"),
+            (plain + 2048, "above 2048"),
+            ([plain.detach()], "holds list: expected"),
+            (torch.tensor(1.0), r"holds torch.Size\(\[\]\): expected"),
+        )
+    ):
+        write(f"{maps.root}/cat/odd{number}.pt", odd)
+        with pytest.raises(InputError, match=f"odd{number}.pt .*{message}"):
+            maps.read(f"cat/odd{number}.jpg")
+
+
+def test_code_in_a_file_is_refused_without_advice_to_run_it(maps, tmp_path):
+    (tmp_path / "cat" / "2.pt").write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match=r"cannot read label map .*2\.pt") as caught:
+        maps.read("cat/2.jpg")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_what_is_no_file_or_too_large_is_named_and_not_read(maps, tmp_path):
+    os.mkfifo(tmp_path / "cat" / "pipe.pt")
+    with pytest.raises(InputError, match=r"pipe\.pt: .*expected a regular file"):
+        maps.read("cat/pipe.jpg")
+    with open(tmp_path / "cat" / "large.pt", "wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"large\.pt takes more than"):
+        maps.read("cat/large.jpg")
+    with zipfile.ZipFile(tmp_path / "cat" / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", bytes(70_000_000))
+    with pytest.raises(InputError, match=r"bomb\.pt takes more than"):
+        maps.read("cat/bomb.jpg")
+
+
+@pytest.mark.parametrize("image", ["train/../x.jpg", "a.tar:../x.jpg", "./x.jpg", "a/x\0.jpg"])
+def test_no_image_has_its_map_elsewhere(image):
+    with pytest.raises(InputError, match="label maps are found by"):
+        label_map_file("maps", image)
+
+
+def test_names_of_images_stay_below_the_root():
+    assert label_map_file("maps", "/etc/passwd") == "maps/etc/passwd.pt"
+    assert label_map_file("maps", "../../etc/x.jpg") == "maps/etc/x.pt"
+    assert label_map_file("maps", "a/..jpg") == "maps/a/.pt"
 
 
 def test_files_that_are_missing_or_damaged(maps, tmp_path):

@@ -39,6 +39,8 @@ _FORM = (
     "mmax, number of operations n, the probability p of each, inc0 or inc1, and t with one of "
     f"{', '.join(_SETS)}"
 )
+_MOST_LAYERS = 32  # each is some milliseconds for every image
+_HIGHEST = 100  # of mmax: ten times what the operations are made for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,11 @@ class RandAugment:
                 weights = tuple(weight / total for weight in chosen.values())
         for is_fine, expected in (
             (magnitude <= spread.highest, f"m must be 0 to {spread.highest:g}; mmax raises that"),
-            (layers >= 1 and layers == int(layers), "n must be a whole number of at least 1"),
+            (spread.highest <= _HIGHEST, f"mmax must be up to {_HIGHEST}"),
+            (
+                1 <= layers <= _MOST_LAYERS and layers == int(layers),
+                f"n must be a whole number from 1 to {_MOST_LAYERS}",
+            ),
             (
                 weights is None or layers <= len(names),
                 f"n must be up to {len(names)}, as weighted operations are never drawn twice",

@@ -133,8 +133,11 @@ def test_parts_that_are_not_understood_are_named(text, part):
     [
         ("rand-m11", "'rand-m11': m must be 0 to 10; mmax raises that"),
         ("rand-m13-mmax12", "m must be 0 to 12"),
-        ("rand-m9-n0", "n must be a whole number of at least 1"),
-        ("rand-n1.5", "n must be a whole number of at least 1"),
+        ("rand-m9-n0", "n must be a whole number from 1 to 32"),
+        ("rand-n1000000000", "n must be a whole number from 1 to 32"),
+        (f"rand-n{'9' * 400}", "n must be a whole number from 1 to 32"),
+        (f"rand-m5-mmax{'9' * 400}", "mmax must be up to 100"),
+        ("rand-n1.5", "n must be a whole number from 1 to 32"),
         ("rand-p1.5", "p must be 0 to 1"),
         ("rand-inc2", "inc must be 0 or 1"),
         ("rand-t3aw-n20", "n must be up to 14, as weighted operations are never drawn twice"),
