@@ -21,6 +21,7 @@ import numpy as np
 
 from hybrid_flax.errors import InputError
 
+_TRIES = 20  # readings of a file, to learn which of its objects are dictionaries
 _MOST_NAMES = 1000  # PyTorch's reader takes time with the square of their number
 _LEGACY_PICKLES = 5  # magic number, version, machine, content, keys of the tensors
 
@@ -126,25 +127,36 @@ def load(path: str) -> tuple[Any, list[str]]:
         raise ImportError(
             f"reading {path} needs PyTorch (its CPU build is enough); safetensors files do not"
         ) from error
-    is_zip = zipfile.is_zipfile(path)
-    names = _names(path, is_zip)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # as PyTorch decides it
+    names = sorted(_names(path, is_zip))
     _refuse_code(path, names)
-    stand_ins = {name: _stand_in(name, number) for number, name in enumerate(sorted(names))}
+    stand_ins = {name: _stand_in(name, number) for number, name in enumerate(names)}
+    tries = 0
     while True:
-        safe = [(kind, name) for name, kind in stand_ins.items()]
+        safe: list[Any] = [(kind, name) for name, kind in stand_ins.items()]
         safe += [(kind, kind.__name__) for kind in (Array, _DType)]  # as what `_KNOWN` makes
         try:
             with torch.serialization.safe_globals(safe), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-            return content, [name for name in stand_ins if name.partition(".")[0] not in _OURS]
+            return content, [name for name in names if name.partition(".")[0] not in _OURS]
         except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, … on damage
-            # A kind of dictionary or list shows by being filled: it is made one, and read again.
-            filled = [name for name, kind in stand_ins.items() if repr(kind) in str(error)]
-            if not filled or not isinstance(error, pickle.UnpicklingError):
-                unread = [name for name in stand_ins if name.partition(".")[0] not in _PLAIN]
+            filled = _filled(stand_ins, error)
+            tries += 1
+            if not filled or tries == _TRIES:
+                unread = [name for name in names if name.partition(".")[0] not in _PLAIN]
                 raise InputError(_explain(path, error, unread)) from error
-            stand_ins[filled[0]] = _List if "list" in str(error) else _Dictionary
+            stand_ins[filled] = _List if "list" in str(error) else _Dictionary
+
+
+def _filled(stand_ins: dict[str, type[StandIn]], error: Exception) -> str:
+    """Which stand-in the file fills, by PyTorch's error: it is to be a dictionary, or a list."""
+    if isinstance(error, pickle.UnpicklingError):
+        for name, kind in stand_ins.items():
+            if kind not in (_List, _Dictionary) and repr(kind) in str(error):
+                return name
+    return ""
 
 
 def _stand_in(name: str, number: int) -> type[StandIn]:
@@ -152,16 +164,13 @@ def _stand_in(name: str, number: int) -> type[StandIn]:
     return _KNOWN.get(name) or type(f"kind_{number}", (StandIn,), {"stands_for": name})
 
 
-def _refuse_code(path: str, names: set[str]) -> None:
+def _refuse_code(path: str, names: list[str]) -> None:
     def is_data(name: str) -> bool:
         module = name.rpartition(".")[0]
         return name in _DATA or module.split(".")[0] in _DATA_MODULES
 
-    code = sorted(
-        name
-        for name in names
-        if name.partition(".")[0] in sys.stdlib_module_names and not is_data(name)
-    )
+    ours = [name for name in names if name.partition(".")[0] in sys.stdlib_module_names]
+    code = [name for name in ours if not is_data(name)]
     if code:
         raise InputError(
             f"{path} is refused: it holds pickled code beside its tensors ({_shown(code)}), which "
