@@ -21,6 +21,7 @@ from hybrid_flax.weights import bridge
 from hybrid_flax.weights.class_map import read_class_map, select_classes
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
+_LARGEST = 2048  # pixels
 ENTRY_HELP = "entry with the weights: model, ema/module, . for the file itself; default: found"
 
 
@@ -48,6 +49,8 @@ def _convert(options: argparse.Namespace) -> str:
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
+    if options.image_size is not None and not 1 <= options.image_size <= _LARGEST:
+        raise InputError(f"--image_size={options.image_size}: expected 1 to {_LARGEST} pixels")
     state = convert.load_checkpoint(options.file, entry=options.entry, published=info.weights_entry)
     model, num_classes = model_from_state_dict(options.model, state, image_size=options.image_size)
     weights = bridge.get_weights(model)

@@ -48,7 +48,7 @@ def load_checkpoint(
     if found.others:
         print(
             f"{path}: the weights are those of {found.entry}; there are others of "
-            f"{', '.join(found.others[:5])}, which --entry= would take"
+            f"{shorten(', '.join(found.others[:5]))}, which --entry= would take"
         )
     elif AVERAGED.search(found.entry):
         print(f"{path}: the weights are averaged ones, {found.entry}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from convert.tensors import is_array
+from convert.tensors import is_array, shorten
 from hybrid_flax.errors import InputError
 
 # Where training scripts put the weights, in the order in which we look.
@@ -38,46 +38,59 @@ def find_weights(content: Any, entry: str | None, published: str | None, path: s
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary with weights")
-    found = {name: weights for name, weights in _candidates(content)}
-    counts = {name: sum(map(is_array, weights.values())) for name, weights in found.items()}
-    usual = [name for part in _USUAL for name in found if name.split("/")[0] == part]
+    found = dict(_candidates(content))
     if entry is not None and entry.endswith(".") and entry != _ITSELF:
-        *where, prefix = entry.rpartition("/")
-        whole = find_weights(content, where[0] or None, published, path)
+        where, _, prefix = entry.rpartition("/")
+        whole = find_weights(content, where or None, published, path)
         begun = {key: value for key, value in whole.weights.items() if str(key).startswith(prefix)}
         if not begun:
             raise InputError(f"{path} has no keys that begin with {prefix!r} under {whole.entry}")
         return Found({key[len(prefix) :]: begun[key] for key in begun}, entry, [])
     if entry is not None:
-        if entry not in found:
+        asked = _at(content, entry)
+        if not isinstance(asked, Mapping):
             raise InputError(
                 f"{path} has no entry {entry!r} with weights; it has {_listed(found or content)}"
             )
-        return Found(found[entry], entry, [])
-    if published in found:
-        first = published
-    elif usual:
-        first = next((name for name in usual if "/" not in name), usual[0])
-    elif not found:
+        return Found(asked, entry, [])
+    if not found:
         raise InputError(
             f"{path} has no weights under any of {', '.join(_USUAL)}, nor is it a bare state_dict; "
             f"its entries are {_listed(content)}"
         )
-    else:
-        most = [name for name in found if counts[name] == max(counts.values())]
-        raw = [name for name in most if not AVERAGED.search(name)] or most
-        if len(raw) > 1:
-            raise InputError(
-                f"{path} has weights under {_listed(raw)}: name one with --entry={raw[0]} "
-                "(in Python, entry=)"
-            )
-        (first,) = raw
+    counts = {name: sum(map(is_array, weights.values())) for name, weights in found.items()}
+    first = published if published in found else _first(counts, path)
     others = [
         name
         for name in found
         if name not in (first, _ITSELF) and counts[name] >= 0.9 * counts[first]
     ]
     return Found(found[first], first, others)
+
+
+def _first(counts: Mapping[str, int], path: str) -> str:
+    """Which of the entries with arrays, {name: their number}, holds the weights."""
+    usual = [name for part in _USUAL for name in counts if name.split("/")[0] == part]
+    if usual:
+        return next((name for name in usual if "/" not in name), usual[0])
+    most = [name for name, count in counts.items() if count == max(counts.values())]
+    raw = [name for name in most if not AVERAGED.search(name)] or most
+    if len(raw) > 1:
+        raise InputError(
+            f"{path} has weights under {_listed(raw)}: name one with --entry={raw[0]} "
+            "(in Python, entry=)"
+        )
+    return raw[0]
+
+
+def _at(content: Mapping[Any, Any], entry: str) -> Any:
+    """What lies under "model", "ema/module" or "."; None for nothing."""
+    if entry == _ITSELF:
+        return content
+    found: Any = content
+    for part in [entry] if entry in content else entry.strip("/").split("/"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _candidates(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
@@ -99,6 +112,6 @@ def _candidates(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, 
 
 
 def _listed(names: Any) -> str:
-    names = [str(name)[:60] for name in names]
+    names = [shorten(str(name), 60) for name in names]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more if names else "none"

@@ -44,10 +44,10 @@ _TIMM = (
 
 def _derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
     """Entries that the official code stores although they follow from the window size."""
+    windows = {block.attn.window for stage in model.stages for block in stage.blocks}
+    index = {window: relative_position_index(window) for window in windows}
     return {
-        f"levels.{i}.blocks.{j}.attn.relative_position_index": relative_position_index(
-            block.attn.window
-        )
+        f"levels.{i}.blocks.{j}.attn.relative_position_index": index[block.attn.window]
         for i, stage in enumerate(model.stages)
         for j, block in enumerate(stage.blocks)
     }

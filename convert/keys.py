@@ -1,12 +1,14 @@
 """Finds out by which names a file calls a model's weights: prefixes, and other code bases."""
 
 import collections
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from convert.entries import AVERAGED
 from convert.rules import Pairs
+from convert.tensors import shorten
 from hybrid_flax.errors import InputError
 
 _PARTS = 12  # of a key, that are tried as a prefix
@@ -79,7 +81,8 @@ def release_keys(
 
 def code_base(keys: Collection[str]) -> str:
     """Whose weights a file has of none of the keys that are expected; "" where it does not show."""
-    keys = [rest for key in keys for _, rest in _splits(key)]
+    some = itertools.islice(keys, 2000)
+    keys = [rest for key in some for _, rest in _splits(key)]
     for name, patterns in _OTHERS.items():
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
             return name
@@ -104,7 +107,7 @@ def _ways(counts: Mapping[tuple[str, str], int]) -> list[tuple[str, str]]:
     bare = [way for way in full if way[1] == ""]
     raw = bare or [way for way in full if not AVERAGED.search(way[1])] or full
     if len(raw) > 1:
-        prefixes = ", ".join(repr(prefix) for _, prefix in raw[:5])
+        prefixes = ", ".join(repr(shorten(prefix)) for _, prefix in raw[:5])
         raise InputError(
             f"this file holds the weights of {len(raw)} models, under the prefixes {prefixes}: "
             f"take one, python -m convert NAME FILE --entry={raw[0][1]} (in Python, entry=)"
@@ -136,9 +139,9 @@ def _renamed(
     renamed |= {known[key]: beside[key] for key in own}
     notes = ["these are timm's weights, whose names were translated"] if base else []
     if prefix:
-        notes.append(f"the prefix {prefix!r} was taken off the keys")
+        notes.append(f"the prefix {shorten(prefix)!r} was taken off the keys")
     left = [key for key in beside if key not in own]
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        notes.append(f"left out as no part of the model: {', '.join(left[:3])}{more}")
+        notes.append(f"left out as no part of the model: {', '.join(map(shorten, left[:3]))}{more}")
     return Renamed(renamed, "; ".join(notes))

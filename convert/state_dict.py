@@ -17,7 +17,7 @@ import numpy as np
 from convert.keys import Renamed, code_base, release_keys
 from convert.official import Official
 from convert.rules import Pairs, Rules
-from convert.tensors import to_arrays
+from convert.tensors import shorten, to_arrays
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
@@ -92,7 +92,7 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
         if key not in state and entry.dtype.kind == "i":
             weights[entry.path] = jnp.zeros(entry.shape, jnp.int32)
     missing = [key for key, e in table.items() if e.path not in weights and key not in state]
-    unexpected = [key for key in state if key not in table and key not in buffers]
+    unexpected = [shorten(key) for key in state if key not in table and key not in buffers]
     if missing or unexpected or unusable:
         known = any(key in table or key in buffers for key in state)
         whose = code_base(state) or "of another code base"
@@ -193,7 +193,7 @@ def own_image_size(
 
 
 _TABLES = 8  # that are looked at for an image size
-_LARGEST = 8192  # pixels
+_LARGEST = 1024  # pixels: what follows from windows grows with the fourth power
 
 
 def _shapes_by_size(model: Backbone) -> dict[str, tuple[int, ...]]:

@@ -66,7 +66,7 @@ def _tensor_to_numpy(value: Any) -> np.ndarray:
     return value.numpy()
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, length: int = 200) -> str:
     """Text of a file for a message: not too much, and nothing that cannot be printed."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:201])
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:length])
+    return shown if len(text) <= length else f"{shown}…"

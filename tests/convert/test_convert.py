@@ -300,6 +300,26 @@ def test_command_line_errors_name_the_cause(tmp_path, xxt_file, capsys):
     assert not os.path.exists(tmp_path / "out")
 
 
+def test_command_line_takes_what_is_there(tmp_path, xxt_file, capsys):
+    out = f"--out={tmp_path}/out"
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(xxt_file, weights_only=False)["state_dict"], bare)
+    assert convert_main(["gcvit_xxt", str(bare), out, "--entry=."]) == 0
+    assert "5 classes, 224 pixels" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        ([f"--out={tmp_path}/file"], "file"),
+        ([f"--out={tmp_path}/other", "--image_size=100000"], "expected 1 to 2048 pixels"),
+        ([f"--out={tmp_path}/other", "--entry=model"], "has no entry 'model' with weights"),
+        ([f"--out={tmp_path}/other", "--image_size=64"], "of another shape"),
+    ):
+        assert convert_main(["gcvit_xxt", str(bare), *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert said in shown
+        assert len(shown.splitlines()) < 20
+
+
 def test_command_line_selects_classes(tmp_path, capsys):
     state = convert.to_state_dict(reference.model("l2vit_t", num_classes=1500))
     torch.save({"model": tensors(state)}, tmp_path / "22k.pth")
