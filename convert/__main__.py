@@ -13,14 +13,16 @@ import jax
 import numpy as np
 
 import convert
-from convert.l2vit import select_classes
 from convert.state_dict import model_from_state_dict
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.class_map import read_class_map
-from hybrid_flax.weights.paths import flatten
+from hybrid_flax.weights.class_map import read_class_map, select_classes
+from hybrid_flax.weights.paths import flatten, unflatten_like
+
+_LARGEST = 2048  # pixels
+ENTRY_HELP = "entry with the weights: model, ema/module, . for the file itself; default: found"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,15 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="name of the model, such as gcvit_b")
     parser.add_argument("file", help="the released file (.pth.tar, .pth, .safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--entry", help="entry of the file that holds the weights; default: found")
+    parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument(
         "--class_map", metavar="FILE", help="keep only these rows of the classifier, one a line"
     )
-    parser.add_argument("--image_size", type=int, help="pixels; default: the released model's")
+    parser.add_argument("--image_size", type=int, help="pixels; default: as the file's tables say")
     options = parser.parse_args(arguments)
     try:
         print(_convert(options))
-    except (InputError, TrainingError, FileNotFoundError) as error:
+    except (InputError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -47,23 +49,29 @@ def _convert(options: argparse.Namespace) -> str:
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
-    state = convert.load_checkpoint(options.file, entry=options.entry or info.weights_entry)
-    if options.class_map:
-        state = select_classes(state, read_class_map(options.class_map))
-
-    image_size = options.image_size or info.image_size
-    model, num_classes = model_from_state_dict(options.model, state, image_size=image_size)
+    if options.image_size is not None and not 1 <= options.image_size <= _LARGEST:
+        raise InputError(f"--image_size={options.image_size}: expected 1 to {_LARGEST} pixels")
+    state = convert.load_checkpoint(options.file, entry=options.entry, published=info.weights_entry)
+    model, num_classes = model_from_state_dict(options.model, state, image_size=options.image_size)
     weights = bridge.get_weights(model)
-    infinite = [path for path, leaf in flatten(weights).items() if not np.isfinite(leaf).all()]
+    flat = flatten(weights)
+    infinite = [path for path, leaf in flat.items() if not np.isfinite(leaf).all()]
     if infinite:
-        raise InputError(f"{options.file}: not all values are finite in {', '.join(infinite)}")
+        more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
+        raise InputError(
+            f"{options.file}: not all values are finite in {', '.join(infinite[:3])}{more}"
+        )
+    if options.class_map:
+        rows = read_class_map(options.class_map)
+        weights = unflatten_like(weights, select_classes(flat, rows, model.structure))
+        num_classes = len(rows)
 
     with open(options.file, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     meta = {
         "model": options.model,
         "num_classes": num_classes,
-        "image_size": image_size,
+        "image_size": model.image_size,
         "source": os.path.basename(options.file),
         "sha256": sha256,
     }
@@ -72,7 +80,7 @@ def _convert(options: argparse.Namespace) -> str:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights["params"]))
     return (
         f"{options.model}: {len(state)} entries, {parameters:,} parameters, {num_classes} classes, "
-        f"{image_size} pixels → {options.out}\n  from {options.file}, sha256 {sha256}\n"
+        f"{model.image_size} pixels → {options.out}\n  from {options.file}, sha256 {sha256}\n"
         f"  licence: {info.licence}"
     )
 

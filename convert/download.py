@@ -1,40 +1,37 @@
 """Fetches released checkpoints from where their authors publish them."""
 
 import hashlib
-import http.client
 import os
 import pathlib
-import shutil
-import ssl
-import urllib.error
-import urllib.request
 
-from tqdm import tqdm
-
+from convert.containers import describe
+from convert.transfer import NETWORK_ERRORS, Record, fetch, record_of
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.info import ModelInfo
 
-_TIMEOUT = 60  # seconds without a byte
-_CHUNK = 1 << 20
-_NETWORK_ERRORS = (  # most are kinds of OSError, which is also what the disk raises
-    urllib.error.URLError,
-    TimeoutError,
-    ConnectionError,
-    ssl.SSLError,
-    http.client.HTTPException,
-)
-
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for downloads: $HYBRID_FLAX_CACHE, by default ~/.cache/hybrid_flax."""
+    """Returns the folder for downloads: $HYBRID_FLAX_CACHE, by default ~/.cache/hybrid_flax.
+
+    Raises:
+      InputError: the variable is not set, and there is no home directory.
+    """
     folder = os.environ.get("HYBRID_FLAX_CACHE") or "~/.cache/hybrid_flax"
-    return pathlib.Path(folder).expanduser()
+    try:
+        return pathlib.Path(folder).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"no home directory is known for {folder}; set HYBRID_FLAX_CACHE to a folder for "
+            "downloads"
+        ) from error
 
 
 def download(name: str, info: ModelInfo, folder: pathlib.Path | None = None) -> pathlib.Path:
     """The path of a model's release file, downloaded unless it is there already.
 
-    An interrupted download is continued where it stopped.
+    An interrupted download is continued where it stopped, if the server says that the file is still
+    the same. Size and SHA-256 of what was downloaded are kept beside it (`.download.json`); a file
+    that is there is compared with them, and with the published SHA-256.
 
     Args:
       name: of the model, for messages.
@@ -43,8 +40,8 @@ def download(name: str, info: ModelInfo, folder: pathlib.Path | None = None) -> 
 
     Raises:
       InputError: no weights were released or no direct link to them is published; the server
-        refuses, breaks off or does not speak HTTP; the folder cannot be written to; the file does
-        not have the published checksum.
+        refuses, breaks off, sends a web page or does not speak HTTP; the folder cannot be written
+        to; the file does not have its checksum.
     """
     if not info.release_file:
         raise InputError(f"no weights of {name} were released; see {info.release_page}")
@@ -54,20 +51,22 @@ def download(name: str, info: ModelInfo, folder: pathlib.Path | None = None) -> 
         f"get {info.release_file} from {info.release_page} by hand and save it as {target}, or "
         "give its path"
     )
-    partial = target.with_name(target.name + ".part")
     try:
         if target.exists():
+            _check_there(target, info)
             return target
         if not info.download_url:
             raise InputError(
                 f"the authors publish no direct link to the weights of {name}: {by_hand}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _fetch(info.download_url, partial)
-        if info.sha256:
-            _check(partial, info)
+        partial = target.with_name(target.name + ".part")
+        record = fetch(info.download_url, partial)
+        _check_new(partial, info, record)
         partial.rename(target)
-    except _NETWORK_ERRORS as error:
+        record.write(target)
+        record_of(partial).unlink(missing_ok=True)
+    except NETWORK_ERRORS as error:
         raise InputError(
             f"{info.download_url} cannot be downloaded ({error}); run this again to continue, or "
             f"{by_hand}"
@@ -80,50 +79,46 @@ def download(name: str, info: ModelInfo, folder: pathlib.Path | None = None) -> 
     return target
 
 
-def _fetch(url: str, partial: pathlib.Path) -> None:
-    """Downloads to `partial`, continuing it where the server can."""
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # it was complete
-        raise
-    with response:
-        if response.status != 206:  # the server starts over
-            have = 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        needed = 0 if total is None else total - have
-        free = shutil.disk_usage(partial.parent).free
-        if needed > free:
-            raise InputError(
-                f"{partial.parent} has {free:,} bytes free, the file needs {needed:,}; set "
-                "HYBRID_FLAX_CACHE to a folder on a larger disk"
-            )
-        with (
-            open(partial, "ab" if have else "wb") as file,
-            tqdm(
-                desc=partial.stem, total=total, initial=have, unit="B", unit_scale=True,
-                disable=None,
-            ) as bar,
-        ):  # fmt: skip
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    size = partial.stat().st_size
-    if total is not None and size != total:
-        raise ConnectionError(f"it broke off after {size:,} of {total:,} bytes")
-
-
-def _check(partial: pathlib.Path, info: ModelInfo) -> None:
+def _check_new(partial: pathlib.Path, info: ModelInfo, record: Record) -> None:
+    """Keeps no web page, and nothing with another checksum than the published one."""
     with open(partial, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != info.sha256:
+        head = file.read(512)
+        file.seek(0)
+        record.size = partial.stat().st_size
+        record.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    wrong = ""
+    if not head or "web page" in describe(head, partial) or "LFS" in describe(head, partial):
+        wrong = f"{describe(head, partial)}; see {info.release_page}"
+    elif info.sha256 and record.sha256 != info.sha256:
+        wrong = f"the file has sha256 {record.sha256}, published is {info.sha256}"
+    if wrong:
         partial.unlink()
+        record_of(partial).unlink(missing_ok=True)
         raise InputError(
-            f"{info.download_url}: the file has sha256 {found}, published is {info.sha256}. It was "
-            "deleted; run this again, and tell us if it stays so"
+            f"{info.download_url}: {wrong}. It was deleted; run this again, and tell us if it "
+            "stays so"
+        )
+
+
+def _check_there(target: pathlib.Path, info: ModelInfo) -> None:
+    """Compares a file that is there with what is published of it, or was when it came."""
+    if not target.is_file():
+        raise InputError(f"{target} is not a file; move it away")
+    record = Record.read(target)
+    known = {"published": info.sha256, "of the download": record.sha256 if record else ""}
+    if not any(known.values()):
+        return  # put there by hand
+    size = target.stat().st_size
+    if record and size != record.size and not info.sha256:
+        raise InputError(
+            f"{target} has {size:,} bytes, downloaded were {record.size:,}: delete it and "
+            f"{record_of(target).name} to download it again"
+        )
+    with open(target, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    whose, expected = next((whose, value) for whose, value in known.items() if value)
+    if found != expected:
+        raise InputError(
+            f"{target} has sha256 {found}, {whose} is {expected}: it is damaged or another file. "
+            "Delete it to download it again"
         )

@@ -22,13 +22,32 @@ _RENAMES = (
     (r"/position_bias$", "/relative_position_bias_table"),
 )
 
+# From the release's keys to timm's, which makes the downsampler a part of the stage that follows.
+_TIMM = (
+    (r"^patch_embed\.proj\.", "stem.conv1."),
+    (r"^patch_embed\.conv_down\.", "stem.down."),
+    *((rf"^levels\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"^levels\.", "stages."),
+    (r"\.q_global_gen\.", ".global_block."),
+    *((rf"\.to_q_global\.{i}\.", f".blocks.conv{i + 1}.") for i in range(3)),
+    (r"\.(down|downsample)\.conv\.", r".\1.conv_block.conv."),
+    (r"\.conv\.0\.", ".conv_dw."),
+    (r"\.conv\.2\.fc\.0\.", ".se.fc1."),
+    (r"\.conv\.2\.fc\.2\.", ".se.fc2."),
+    (r"\.conv\.3\.", ".conv_pw."),
+    (r"\.relative_position_bias_table$", ".rel_pos.relative_position_bias_table"),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"^norm\.", "stages.3.norm."),
+    (r"^head\.", "head.fc."),
+)
+
 
 def _derived_buffers(model: GCViT) -> dict[str, np.ndarray]:
     """Entries that the official code stores although they follow from the window size."""
+    windows = {block.attn.window for stage in model.stages for block in stage.blocks}
+    index = {window: relative_position_index(window) for window in windows}
     return {
-        f"levels.{i}.blocks.{j}.attn.relative_position_index": relative_position_index(
-            block.attn.window
-        )
+        f"levels.{i}.blocks.{j}.attn.relative_position_index": index[block.attn.window]
         for i, stage in enumerate(model.stages)
         for j, block in enumerate(stage.blocks)
     }
@@ -50,4 +69,4 @@ _OFFICIAL = {
     }.items()
 }
 
-RULES = {GCViT: Rules(_RENAMES, derived_buffers=_derived_buffers, official=_OFFICIAL)}
+RULES = {GCViT: Rules(_RENAMES, derived_buffers=_derived_buffers, timm=_TIMM, official=_OFFICIAL)}

@@ -49,7 +49,7 @@ def run_official(
         raise InputError(
             f"{official.factory} of {repository} does not take these weights. It is made as for "
             "the released file: give that file, or leave --reference out to check this one "
-            f"without the official model. {error}"
+            f"without the official model. {_shortened(str(error))}"
         ) from error
     outputs: dict[str, np.ndarray] = {}
 
@@ -71,6 +71,12 @@ def run_official(
         output = sum(each.float() for each in output)
     outputs[""] = output.float().numpy()
     return outputs
+
+
+def _shortened(text: str) -> str:
+    """PyTorch's list of keys: its first lines, and of these what a line of a screen holds."""
+    lines = [line[:200] for line in text.splitlines()]
+    return "\n".join(lines[:6] + [f"… and {len(lines) - 6} more lines"] * (len(lines) > 6))
 
 
 def build_official(official: Official, repository: pathlib.Path) -> Any:

@@ -46,8 +46,7 @@ def released_weights(
       InputError: no weights are to be had, or the file is not of this model.
     """
     info = registry.model_info(name)
-    # Which entry holds the weights is known of the published file; in another it has to be found.
-    entry = info.weights_entry if file is None else None
     file = download(name, info) if file is None else pathlib.Path(file)
-    model, _ = model_from_state_dict(name, convert.load_checkpoint(file, entry=entry))
+    state = convert.load_checkpoint(file, published=info.weights_entry)
+    model, _ = model_from_state_dict(name, state)
     return flatten(bridge.get_weights(model)), file

@@ -27,3 +27,6 @@ class Rules(NamedTuple):
     derived_buffers: Callable[[Any], Mapping[str, np.ndarray]] = lambda model: {}
     # {name of a model: where the official code makes it}
     official: Mapping[str, Official] = {}
+    # (regular expression, replacement), applied in order, that turn the release's keys into timm's,
+    # where timm has the models; None where it has not.
+    timm: Pairs | None = None

@@ -6,19 +6,23 @@ The rules of a family, `rules.Rules`, lie in the file of this folder that is cal
 
 import importlib
 import importlib.util
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from convert.keys import Renamed, code_base, release_keys
 from convert.official import Official
 from convert.rules import Pairs, Rules
+from convert.tensors import shorten, to_arrays
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights import bridge
+from hybrid_flax.weights.differences import summary
 from hybrid_flax.weights.paths import flatten, unflatten
 
 # Our axes → PyTorch's, by the end of our path and by rank.
@@ -51,31 +55,35 @@ class _Entry(NamedTuple):
 def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
     """Fills a model, in place, with the arrays of a PyTorch state_dict.
 
+    Prefixes of wrapped models and timm's names are understood, see `keys.release_keys`; what was
+    done with the keys is printed.
+
     Args:
       model: from `create_model`; it may be abstract (`bridge.abstract`).
       state: {key: array} as `load_checkpoint` returns it; PyTorch tensors are taken too. Buffers
         that follow from the architecture (relative position indices) may be left out.
 
     Raises:
-      ValueError: listing every missing, unexpected, mis-shaped or unusable key at once; the model
-        is unchanged then.
+      InputError: counting the missing, unexpected, mis-shaped and unusable keys, with some of each;
+        the model is unchanged then.
     """
     table, buffers = _table(model), _rules(model).derived_buffers(model)
-    wrong_shape, wrong_value, weights = [], [], {}
+    found = _release_keys(model, table, buffers, state)
+    state = found.state
+    unusable, weights = [], {}
     for key, array in state.items():
-        array = np.asarray(array)
         if key in buffers:
             if array.shape != buffers[key].shape or not np.array_equal(array, buffers[key]):
-                wrong_value.append(
+                unusable.append(
                     f"{key}: {array.dtype} {array.shape} differs from the one that this model's "
                     f"image size implies, {buffers[key].shape}"
                 )
         elif key in table:
             entry = table[key]
             if array.shape != entry.shape:
-                wrong_shape.append(f"{key}: file {array.shape}, model {entry.shape}")
+                unusable.append(f"{key}: file {array.shape}, model {entry.shape}")
             elif not _widens(array.dtype, entry.dtype):
-                wrong_value.append(
+                unusable.append(
                     f"{key}: {array.dtype} does not fit into {entry.dtype} without loss"
                 )
             else:
@@ -83,27 +91,31 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
     for key, entry in table.items():  # files from before PyTorch 0.4.1 have no counters
         if key not in state and entry.dtype.kind == "i":
             weights[entry.path] = jnp.zeros(entry.shape, jnp.int32)
-    problems = {
-        "missing": [
-            key for key, entry in table.items() if entry.path not in weights and key not in state
-        ],
-        "unexpected": [key for key in state if key not in table and key not in buffers],
-        "mis-shaped": wrong_shape,
-        "unusable": wrong_value,
-    }
-    if any(problems.values()):
-        lines = [
-            f"  {len(found)} {kind}:\n" + "\n".join(f"    {line}" for line in found)
-            for kind, found in problems.items()
-            if found
-        ]
+    missing = [key for key, e in table.items() if e.path not in weights and key not in state]
+    unexpected = [shorten(key) for key in state if key not in table and key not in buffers]
+    if missing or unexpected or unusable:
         known = any(key in table or key in buffers for key in state)
-        hint = "" if known else ". None of its keys is known: it is of another code base"
+        whose = code_base(state) or "of another code base"
+        hint = f" ({found.note})" if found.note else ""
+        hint += "" if known else f". None of its keys is known: these are {whose}"
         raise InputError(
             f"this state_dict does not fit {type(model).__name__} as it was built (variant, "
-            f"num_classes, image_size); nothing was loaded{hint}\n" + "\n".join(lines)
+            f"num_classes, image_size); nothing was loaded{hint}\n"
+            + summary(missing, unexpected, unusable)
         )
+    if found.note:
+        print(found.note)
     bridge.set_weights(model, unflatten(weights))
+
+
+def release_state(model: Backbone, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A state_dict by the keys of the model's release, however its file calls them.
+
+    Raises:
+      InputError: it holds several models.
+    """
+    buffers = _rules(model).derived_buffers(model)
+    return _release_keys(model, _table(model), buffers, state).state
 
 
 def to_state_dict(model: Backbone) -> dict[str, np.ndarray]:
@@ -121,23 +133,87 @@ def model_from_state_dict(
     Args:
       name: of the model.
       state: as for `load_state_dict`.
-      image_size: pixels; default: the released model's own.
+      image_size: pixels; default: that of its position tables, or where they do not show it, the
+        released model's own.
 
     Raises:
       InputError: unknown name, or the state_dict does not fit.
     """
 
-    def build(num_classes: int) -> Backbone:
+    def build(num_classes: int, size: int | None) -> Backbone:
         return bridge.abstract(
             lambda: registry.create_model(
-                name, num_classes=num_classes, image_size=image_size, dtype="float32", rngs=None
+                name, num_classes=num_classes, image_size=size, dtype="float32", rngs=None
             )
         )
 
-    num_classes = classifier_width(build(1000), state)
-    model = build(num_classes)
+    model = build(1000, image_size)
+    renamed = release_state(model, state)
+    num_classes = classifier_width(model, renamed)
+    if image_size is None:
+        released = model.image_size
+        image_size = own_image_size(model, renamed, lambda size: build(num_classes, size))
+        if image_size != released:
+            print(f"by their position tables, these weights are for {image_size} pixels")
+    if (num_classes, image_size) != (1000, model.image_size):
+        model = build(num_classes, image_size)
     load_state_dict(model, state)
     return model, num_classes
+
+
+def own_image_size(
+    model: Backbone, state: Mapping[str, np.ndarray], build: Callable[[int], Backbone]
+) -> int:
+    """The image size that a state_dict is for, by the shapes of its tables of positions.
+
+    Args:
+      model: of the same architecture, of any size: what is returned where no other fits better.
+      state: by the release's keys.
+      build: makes the model of another size.
+    """
+    here = _shapes_by_size(model)
+    differ = {
+        key: (state[key].shape, shape)
+        for key, shape in here.items()
+        if key in state and len(state[key].shape) == len(shape) and state[key].shape != shape
+    }
+    tried = {model.image_size}
+    for theirs, ours in itertools.islice(differ.values(), _TABLES):
+        for size in _sizes(theirs, ours, model.image_size):
+            if size in tried:
+                continue
+            tried.add(size)
+            try:
+                shapes = _shapes_by_size(build(size))
+            except InputError:  # of a size that the family cannot be built for
+                continue
+            if all(state[key].shape == shapes.get(key) for key in here if key in state):
+                return size
+    return model.image_size
+
+
+_TABLES = 8  # that are looked at for an image size
+_LARGEST = 1024  # pixels: what follows from windows grows with the fourth power
+
+
+def _shapes_by_size(model: Backbone) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of what has another shape at another image size."""
+    tables = {key: e.shape for key, e in _table(model).items() if "position" in e.path}
+    return tables | {key: a.shape for key, a in _rules(model).derived_buffers(model).items()}
+
+
+def _sizes(theirs: tuple[int, ...], ours: tuple[int, ...], size: int) -> Iterator[int]:
+    """Image sizes that a table's shape may come from: it may be a side of a map, a number of
+    places or windows, or (2w - 1)² for windows of w places."""
+    for their, our in zip(theirs, ours, strict=True):
+        if their != our and min(their, our) > 0:
+            for ratio in (
+                (their**0.5 + 1) / (our**0.5 + 1),
+                their / our,
+                (their / our) ** 0.5,
+            ):
+                if abs(ratio * size - round(ratio * size)) < 0.01 and ratio * size <= _LARGEST:
+                    yield round(ratio * size)
 
 
 def classifier_width(model: Backbone, state: Mapping[str, np.ndarray]) -> int:
@@ -175,6 +251,12 @@ def official_model(model: Backbone, name: str) -> Official:
     if name not in official:
         raise InputError(f"there is no official code of {name} to compare with")
     return official[name]
+
+
+def _release_keys(model, table, buffers, state) -> Renamed:
+    arrays = to_arrays(state, "this state_dict")
+    shapes = {key: entry.shape for key, entry in table.items()}
+    return release_keys(arrays, shapes, buffers, _rules(model).timm)
 
 
 def _rules(model: Backbone) -> Rules:

@@ -10,6 +10,7 @@ Exit status: 0 all checks pass, 1 one fails, 2 the input cannot be used.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
@@ -22,10 +23,17 @@ import numpy as np
 from PIL import Image
 
 import convert
+from convert.__main__ import ENTRY_HELP
 from convert.download import download
 from convert.official import run_official
-from convert.state_dict import layer_names, model_from_state_dict, official_model
+from convert.state_dict import (
+    layer_names,
+    model_from_state_dict,
+    official_model,
+    release_state,
+)
 from hybrid_flax.data import eval_crop
+from hybrid_flax.data.images import open_photo, rgb
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.info import ModelInfo
@@ -63,7 +71,7 @@ def verify(
         are a failed check.
     """
     info = registry.model_info(name)
-    state = convert.load_checkpoint(file, entry=entry or info.weights_entry)
+    state = convert.load_checkpoint(file, entry=entry, published=info.weights_entry)
     report: dict[str, Any] = {"model": name, "file": str(file), "checks": {}}
 
     def check(what: str, passed: bool, detail: str) -> bool:
@@ -78,7 +86,7 @@ def verify(
         return report
     check("conversion", True, f"{len(state)} entries, each used once; {classes} classes")
 
-    exported = convert.to_state_dict(model)
+    exported, state = convert.to_state_dict(model), release_state(model, state)
     changed = [key for key in state if not _same(exported[key], state[key])]
     widened = {
         f"{array.dtype} as {exported[key].dtype}"
@@ -89,10 +97,14 @@ def verify(
     check("round trip", not changed, _shortened(changed) or f"the same keys, layouts and {same}")
 
     count = sum(leaf.size for leaf in jax.tree.leaves(bridge.get_weights(model)["params"]))
-    detail = f"{count:,}, the official model has {info.parameters:,} with 1000 classes"
-    check("parameters", classes != 1000 or count == info.parameters, detail)
+    detail = (
+        f"{count:,}, the official model has {info.parameters:,} with 1000 classes and "
+        f"{info.image_size} pixels"
+    )
+    as_released = (classes, model.image_size) == (1000, info.image_size)
+    check("parameters", not as_released or count == info.parameters, detail)
 
-    batch = _images(info, images)
+    batch = _images(info, model.image_size, images)
     run = jax.jit(as_recording_function(model))
     logits, ours = run(bridge.get_weights(model), jnp.asarray(batch))
     finite = bool(np.isfinite(logits).all())
@@ -163,7 +175,7 @@ def _shortened(keys: list[str]) -> str:
     return f"changed: {', '.join(keys[:5])}{more}" if keys else ""
 
 
-def _images(info: ModelInfo, folder: str | None) -> np.ndarray:
+def _images(info: ModelInfo, image_size: int, folder: str | None) -> np.ndarray:
     """[B, H, W, 3] float32, as the model's own evaluation prepares them."""
     if folder is None:
         from sklearn.datasets import load_sample_images
@@ -171,15 +183,16 @@ def _images(info: ModelInfo, folder: str | None) -> np.ndarray:
         photographs = [Image.fromarray(array) for array in load_sample_images().images]
     else:
         suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-        files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in suffixes)
+        found = pathlib.Path(folder).rglob("*")
+        files = sorted(p for p in found if p.suffix.lower() in suffixes and p.is_file())
         if not files:
             raise InputError(f"--images={folder} holds no {', '.join(suffixes)} files")
-        photographs = [Image.open(path).convert("RGB") for path in files[:16]]
+        photographs = [rgb(open_photo(path.read_bytes(), str(path))) for path in files[:16]]
     crop = info.eval_transform
     pixels = [
         eval_crop(
             photograph,
-            image_size=info.image_size,
+            image_size=image_size,
             crop_fraction=crop.crop_fraction,
             crop_mode=crop.crop_mode,
             interpolation=crop.interpolation,
@@ -224,21 +237,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true", help="fetch the released file")
     parser.add_argument("--reference", metavar="PATH", help="checkout of the official repository")
     parser.add_argument("--images", metavar="DIR", help="folder of images; default: built-in ones")
-    parser.add_argument("--entry", help="entry of the file that holds the weights; default: found")
+    parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options = parser.parse_args(arguments)
     try:
         if (options.file is None) != options.download:
             raise InputError("give either the file or --download")
         file = options.file or download(options.model, registry.model_info(options.model))
-        report = verify(
-            options.model,
-            pathlib.Path(file),
-            reference=options.reference,
-            images=options.images,
-            entry=options.entry,
-        )
-    except (InputError, FileNotFoundError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way; the report follows
+            report = verify(
+                options.model,
+                pathlib.Path(file),
+                reference=options.reference,
+                images=options.images,
+                entry=options.entry,
+            )
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=1) if options.json else show(report))

@@ -122,7 +122,7 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path, monkeypatch, new_for
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": {"a": torch.zeros(1)}, "extra": RunsCode()}
     torch.save(content, "evil.pth", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(ValueError, match=r"evil.pth is refused: .*pickled code.*mkdir"):
+    with pytest.raises(ValueError, match=r"evil.pth is refused: .*pickled code.*mkdir.*which"):
         convert.load_checkpoint("evil.pth")
     assert not os.path.exists("pickled-code-ran")
 
@@ -138,7 +138,9 @@ def test_a_zip_bomb_is_refused_unread(tmp_path):
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "huge.pth")
-    with pytest.raises(ValueError, match="'a' claims shape .*more than the file holds"):
+    with pytest.raises(
+        ValueError, match="'a' cannot be used as weights: it claims shape .*more than the file"
+    ):
         convert.load_checkpoint(tmp_path / "huge.pth")
 
 
@@ -149,9 +151,10 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
         (b"hello, I am a text file\n", r"24 bytes and begins with b'hello"),
         (b"<!DOCTYPE html><html><title>Google Drive", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"\x80\x02garbage", "damaged or not from PyTorch"),
+        (b"\x80\x02garbage", "it is damaged, or not what torch.save writes"),
         (b"PK\x03\x04 but not a zip", "damaged or incomplete"),
-        (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a":1}}', "damaged or not a safetensors file"),
+        (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a":1}}', "damaged, or not a safetensors file"),
+        (b"\x1f\x8b\x08 packed", "packed with gzip; unpack it first"),
     ],
 )
 def test_files_that_are_not_checkpoints_are_named_with_the_reason(tmp_path, content, message):
@@ -230,9 +233,10 @@ def test_every_problem_is_listed_and_nothing_is_loaded(model, state):
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         convert.load_state_dict(model, broken)
     text = str(error.value)
-    assert "1 missing:\n    norm.bias" in text
-    assert "1 unexpected:\n    extra.weight" in text
-    assert "1 mis-shaped:\n    head.weight: file (5, 256), model (7, 256)" in text
+    assert "1 missing from the checkpoint:\n    norm.bias" in text
+    assert "1 only in the checkpoint:\n    extra.weight" in text
+    assert "3 of another shape or type:" in text
+    assert "head.weight: file (5, 256), model (7, 256)" in text
     assert "head.bias: float64 does not fit into float32 without loss" in text
     assert f"{index}: int64 (4, 4) differs" in text
     after = flatten(bridge.get_weights(model))
@@ -296,6 +300,26 @@ def test_command_line_errors_name_the_cause(tmp_path, xxt_file, capsys):
     assert not os.path.exists(tmp_path / "out")
 
 
+def test_command_line_takes_what_is_there(tmp_path, xxt_file, capsys):
+    out = f"--out={tmp_path}/out"
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(xxt_file, weights_only=False)["state_dict"], bare)
+    assert convert_main(["gcvit_xxt", str(bare), out, "--entry=."]) == 0
+    assert "5 classes, 224 pixels" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        ([f"--out={tmp_path}/file"], "file"),
+        ([f"--out={tmp_path}/other", "--image_size=100000"], "expected 1 to 2048 pixels"),
+        ([f"--out={tmp_path}/other", "--entry=model"], "has no entry 'model' with weights"),
+        ([f"--out={tmp_path}/other", "--image_size=64"], "of another shape"),
+    ):
+        assert convert_main(["gcvit_xxt", str(bare), *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert said in shown
+        assert len(shown.splitlines()) < 20
+
+
 def test_command_line_selects_classes(tmp_path, capsys):
     state = convert.to_state_dict(reference.model("l2vit_t", num_classes=1500))
     torch.save({"model": tensors(state)}, tmp_path / "22k.pth")
@@ -313,5 +337,6 @@ def test_command_line_selects_classes(tmp_path, capsys):
     options[0] = f"--out={tmp_path}/trunk"
     assert convert_main(["l2vit_t", f"{tmp_path}/trunk.pth", *options]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: this state_dict has no head.bias and no head.weight to select")
+    assert said.startswith("error: this state_dict does not fit L2ViT")
+    assert "2 missing from the checkpoint, all beginning with head.:" in said
     assert not os.path.exists(tmp_path / "trunk")

@@ -7,11 +7,10 @@ import pytest
 from flax import nnx
 
 import hybrid_flax
-from convert.l2vit import select_classes
 from hybrid_flax import layers
 from hybrid_flax.models import l2vit
 from hybrid_flax.weights import bridge
-from hybrid_flax.weights.class_map import read_class_map
+from hybrid_flax.weights.class_map import read_class_map, select_classes
 from hybrid_flax.weights.functions import as_function, as_training_function
 from hybrid_flax.weights.paths import flatten, unflatten
 from tests import reference
@@ -253,17 +252,18 @@ def test_initial_values():
 
 
 def test_classes_are_picked_from_the_head(tmp_path):
-    state = {
-        "norm.bias": np.ones(2),
-        "head.weight": np.arange(10).reshape(5, 2),
-        "head.bias": np.arange(5),
+    weights = {
+        "params/norm/bias": np.ones(2),
+        "params/head/kernel": np.arange(10).reshape(5, 2).T,
+        "params/head/bias": np.arange(5),
     }
     (tmp_path / "map.txt").write_text("4\n0\n2\n")
-    picked = select_classes(state, read_class_map(tmp_path / "map.txt", num_classes=3))
-    assert picked["head.weight"].tolist() == [[8, 9], [0, 1], [4, 5]]
-    assert picked["head.bias"].tolist() == [4, 0, 2]
-    assert picked["norm.bias"] is state["norm.bias"]
-    assert state["head.bias"].shape == (5,)
+    rows = read_class_map(tmp_path / "map.txt", num_classes=3)
+    picked = select_classes(weights, rows, l2vit.L2ViT.structure)
+    assert picked["params/head/kernel"].T.tolist() == [[8, 9], [0, 1], [4, 5]]
+    assert picked["params/head/bias"].tolist() == [4, 0, 2]
+    assert picked["params/norm/bias"] is weights["params/norm/bias"]
+    assert weights["params/head/bias"].shape == (5,)
 
 
 def test_wrong_class_maps_are_refused_by_name(tmp_path):
@@ -277,14 +277,12 @@ def test_wrong_class_maps_are_refused_by_name(tmp_path):
     file.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match="map.txt, line 1: .* is not a class index"):
         read_class_map(file)
-    state = {"head.weight": np.zeros((5, 2)), "head.bias": np.zeros(5)}
+    head = {"head/kernel": np.zeros((2, 5)), "head/bias": np.zeros(5)}
     with pytest.raises(ValueError, match="index 5 is out of range: .* 5 classes, 0 to 4"):
-        select_classes(state, [0, 5])
+        select_classes(head, [0, 5], l2vit.L2ViT.structure)
     with pytest.raises(ValueError, match="index -1 is out of range"):
-        select_classes(state, [-1])
+        select_classes(head, [-1], l2vit.L2ViT.structure)
     with pytest.raises(ValueError, match="class index 3 is given more than once"):
-        select_classes(state, [3, 1, 3])
+        select_classes(head, [3, 1, 3], l2vit.L2ViT.structure)
     with pytest.raises(ValueError, match="no class indices were given"):
-        select_classes(state, [])
-    with pytest.raises(ValueError, match="has no head.bias to select from"):
-        select_classes({"head.weight": np.zeros((5, 2))}, [0])
+        select_classes(head, [], l2vit.L2ViT.structure)
