@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Callable
@@ -32,9 +33,7 @@ def save(file: str | os.PathLike, stamp: str, table: Table) -> None:
     Raises OSError if it cannot.
     """
     file = os.fspath(file)
-    partial = f"{file}.{os.getpid()}.tmp"  # removed where one was left: never followed if a link
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(partial)
+    partial = f"{file}.{secrets.token_hex(8)}.tmp"  # several hosts may do it at the same time
     try:
         number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with open(number, "wb") as stream:

@@ -29,15 +29,16 @@ def open_parquet(path: str) -> pq.ParquetFile:
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def open_arrow(source) -> list[pa.RecordBatch]:
-    """The record batches of an Arrow file, in either of Arrow's two formats."""
+def open_arrow(source) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """The schema and record batches of an Arrow file, in either of Arrow's two formats."""
     try:
-        return list(pa.ipc.open_stream(source))
+        stream = pa.ipc.open_stream(source)
+        return stream.schema, list(stream)
     except (OSError, pa.ArrowInvalid) as error:
         try:
             source.seek(0)
             file = pa.ipc.open_file(source)
-            return [file.get_batch(number) for number in range(file.num_record_batches)]
+            return file.schema, [file.get_batch(n) for n in range(file.num_record_batches)]
         except (OSError, pa.ArrowInvalid) as other:
             raise (error if "not an Arrow file" in str(other) else other) from None
 
@@ -90,14 +91,13 @@ def _parquet(path: str, size: int, image: str, label: str) -> dict:
 def _arrow(path: str, size: int, image: str, label: str) -> dict:
     with pa.memory_map(path) as mapped:
         whole = mapped.read_buffer()
-    batches = open_arrow(pa.BufferReader(whole))
+    schema, batches = open_arrow(pa.BufferReader(whole))
     head, tail = whole[:4].to_pybytes(), whole[-8:].to_pybytes()
     if head == _STREAM_END[:4] and tail != _STREAM_END:
         raise Unfit("it is cut off: it does not end as an Arrow stream ends")
+    found = _described(schema, image, label)
     if not batches:
-        schema = pa.ipc.open_stream(pa.BufferReader(whole)).schema
-        return _described(schema, image, label) | _empty()
-    found = _described(batches[0].schema, image, label)
+        return found | _empty()
     rows = [len(batch) for batch in batches]
     _check_rows(rows, size)
     table = pa.Table.from_batches([batch.select([found["image"], found["label"]])

@@ -174,7 +174,7 @@ class _Arrow:
         from hybrid_flax.data.sources.table_scan import open_arrow
 
         with pa.OSFile(path) as file:  # read, not mapped: it may be cut while it is used
-            self._batches = open_arrow(file)
+            _, self._batches = open_arrow(file)
 
     def column(self, group: int, name: str):
         return self._batches[group].column(name)

@@ -159,19 +159,22 @@ class Scan:
                     "--config.dataset.image_column=ENDING"
                 )
             self._images[key] = member
-        elif self._parts.is_label(ending):
-            if ending in self._labels[key]:
-                raise InputError(f"{self._shard}: there are two members {member.name}")
-            if member.size > _LARGEST_LABEL:
-                raise InputError(
-                    f"{self._shard}: {member.name} has {member.size} bytes, and is to hold a class "
-                    "number"
-                )
-            stream.seek(member.offset)
-            self._labels[key][ending] = stream.read(member.size)
+        elif self._parts.is_label(ending) and (ending != "json" or member.size <= _LARGEST_LABEL):
+            self._labels[key][ending] = self._text(stream, member, ending in self._labels[key])
         else:
             self._beside[key].append(ending)
             self.left_out[ENDING] += 1
+
+    def _text(self, stream: BinaryIO, member: Member, twice: bool) -> bytes:
+        if twice:
+            raise InputError(f"{self._shard}: there are two members {member.name}")
+        if member.size > _LARGEST_LABEL:
+            raise InputError(
+                f"{self._shard}: {member.name} has {member.size} bytes, and is to hold a class "
+                "number"
+            )
+        stream.seek(member.offset)
+        return stream.read(member.size)
 
     def _of_interest(self, name: str) -> tuple[str, str] | None:
         """(key, ending) of a member that may belong to a sample; counts what does not."""

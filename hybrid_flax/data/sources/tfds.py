@@ -92,7 +92,8 @@ class TfdsSource(EncodedSource):
         if not isinstance(image, bytes) or not image:
             raise UnreadableImageError(f"cannot read image {name}: the record is empty")
         label = class_number(number, f"{name}, feature {self._label}", self.num_classes)
-        if file_name := record.get("file_name"):  # ImageNet has one
+        file_name = record.get("file_name")  # ImageNet has one
+        if isinstance(file_name, bytes) and file_name:
             text = file_name.decode("utf-8", "replace")
             name = f"{name}:{self.class_names[label]}/{text}"
         return Encoded(image, label, name)
@@ -136,9 +137,9 @@ def open_builder(name: str, path: str):
     except Exception as error:  # whatever reading odd JSON or messages raises
         text = " ".join(str(error).split())[:300]
         raise InputError(
-            f"dataset {name} in {path or 'the default folder of TFDS'} cannot be opened: its "
-            f"dataset_info.json or features.json is damaged, or a file beside them is missing "
-            f"({type(error).__name__}: {text}). Prepare it anew"
+            f"dataset {name} in {path or 'the default folder of TFDS'} cannot be opened "
+            f"({type(error).__name__}: {text}). If it is prepared there, its dataset_info.json or "
+            "features.json is damaged or gone: copy or prepare it anew"
         ) from error
     return builder
 

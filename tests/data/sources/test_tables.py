@@ -382,6 +382,13 @@ def test_labels_that_are_none_are_quoted(tmp_path, labels, message):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("form", [stream_bytes, file_bytes])
+def test_a_file_without_rows_is_no_matter_beside_others(tmp_path, form):
+    (tmp_path / "train-0.arrow").write_bytes(form(table(2)[:0]))
+    (tmp_path / "train-1.arrow").write_bytes(form(table(2)))
+    assert content(opened(tmp_path)) == [(0, 0), (10, 1)]
+
+
 def test_a_row_count_beyond_the_file_is_not_believed():
     with pytest.raises(table_scan.Unfit, match="1000000 rows in 500 bytes: it is damaged"):
         table_scan._check_rows([10**6], 500)

@@ -243,6 +243,15 @@ def test_labels_that_are_none_are_quoted_with_shard_and_member(shard, name, text
     assert len(str(error.value)) < 600
 
 
+def test_long_json_beside_a_class_number_is_no_matter(shard):
+    long = json.dumps({"embedding": [0.5] * 400_000}).encode()
+    assert labels_of(shard, ("0.jpg", b"x"), ("0.json", long), ("0.cls", b"3")) == [3]
+    with pytest.raises(ValueError, match=r"0.jpg has no class number.*Beside it: 0.json"):
+        labels_of(shard, ("0.jpg", b"x"), ("0.json", long), ("1.cls", b"3"))
+    with pytest.raises(ValueError, match=r"0.cls has 2000000 bytes, and is to hold a class number"):
+        labels_of(shard, ("0.jpg", b"x"), ("0.cls", b"3" * 2_000_000))
+
+
 def test_parts_named_otherwise_are_chosen(shard):
     sample = [
         ("0.left.png", b"l"),
@@ -325,8 +334,7 @@ def test_nothing_is_written_through_a_link_in_the_place_of_the_index(shard, tmp_
     target = tmp_path / "precious.txt"
     target.write_text("mine")
     index.unlink()
-    for link in (index, shard.parent / f"{index.name}.{os.getpid()}.tmp"):
-        link.symlink_to(target)
+    index.symlink_to(target)
     opened(shard)
     assert target.read_text() == "mine"
     assert not index.is_symlink()
