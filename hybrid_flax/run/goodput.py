@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.run import files
 from hybrid_flax.run.phases import PHASES, Phases
 
 KINDS = (*PHASES, "lost steps", "downtime")
@@ -91,6 +91,23 @@ def _undo(
     return min(after, restored), restored, {kind: kept * spent[kind] for kind in spent}
 
 
+def _is_line(found: Any) -> bool:
+    """Whether it is a line that `account` can add up."""
+    if not isinstance(found, dict) or not isinstance(spent := found.get("seconds"), dict):
+        return False
+    numbers = (found.get("time"), found.get("elapsed"), *spent.values())
+    return (
+        all(type(found.get(name)) is int for name in ("start", "step"))
+        and all(isinstance(number, int | float) for number in numbers)
+        and spent.keys() <= set(PHASES)
+    )
+
+
+def read_ledger(file: str) -> list[dict[str, Any]]:
+    """The lines of a ledger; what is damaged in it is left out, with a warning."""
+    return files.read_json_lines(file, _is_line)[0]
+
+
 class Ledger:
     """Appends to the ledger of a run.
 
@@ -105,7 +122,7 @@ class Ledger:
         self._file = file
         self._phases = phases
         self._wall_clock = wall_clock
-        self._lines = read_metrics(file) if file else []
+        self._lines = read_ledger(file) if file else []
         self._start = 1 + (self._lines[-1]["start"] if self._lines else 0)
         self._written = dict.fromkeys(PHASES, 0.0)
         self._begun = False
@@ -139,9 +156,7 @@ class Ledger:
         self._written = until_now
         self._lines.append(line)
         if self._file:
-            with open(self._file, "a") as stream:
-                # Whatever a kill left of a line before ends here.
-                stream.write("\n" * (stream.tell() > 0) + json.dumps(line))
+            files.append(self._file, json.dumps(line).encode() + b"\n", on_new_line=True)
 
     def account(self) -> Account:
         """Accounts for the whole run up to the last line."""
