@@ -4,11 +4,6 @@ The same command continues a run that was interrupted. Exit status: 0 finished, 
 stop, 2 unusable input, 124 no progress (the watchdog), 143 or 130 saved after SIGTERM or Ctrl-C.
 """
 
-import signal
-
-if __name__ == "__main__":  # until `cli.run` listens: Ctrl-C while modules are imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 from absl import flags
 
 from hybrid_flax import cli

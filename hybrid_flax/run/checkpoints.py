@@ -29,6 +29,7 @@ from hybrid_flax.run.checkpoint_files import (
     read_step,
 )
 from hybrid_flax.run.storage.steps import open_steps
+from hybrid_flax.sign_of_life import alive
 
 
 class CheckpointSaveError(TrainingError):
@@ -231,6 +232,7 @@ class Checkpoints:
         self._stored.delete_unfinished()
 
     def _read(self, step: int, expected: Any) -> Restored:
+        alive()
         with self._stored.open(step) as folder:
             return read_step(folder, step, expected, self.name(step))
 

@@ -50,6 +50,10 @@ class Phases:
         self._known.add(self._sign[0])
         self._sign = self._sign[0], self._clock()
 
+    def goes_on(self) -> None:
+        """The same from somebody who does not know the phase: what comes next may be its first."""
+        self._sign = self._sign[0], self._clock()
+
     def forgive(self, seconds: float) -> None:
         """Does not count seconds of silence in which the whole process stood still."""
         kind, at = self._sign

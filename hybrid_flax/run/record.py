@@ -145,7 +145,6 @@ class Record:
     @contextlib.contextmanager
     def training(self, step: int, total_steps: int) -> Iterator[None]:
         """Surrounds the steps after `step`; what was recorded of them, they record again."""
-        self._total_steps = total_steps
         metrics = MetricWriter(self._workdir.path, self._workdir.metrics, start_step=step)
         self._metrics = metrics
         for record in self._evaluations():
@@ -254,6 +253,8 @@ class Record:
             advice = "Make room on the disk"
         elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
             advice = "If the work directory was moved or removed, put it back"
+        elif error.errno == errno.EPIPE:
+            advice = "Nobody reads what it says"
         return (
             f"training stopped at step {self._step}: {files.explain(error)}. Last checkpoint: "
             f"{self._last_checkpoint()}. {advice}; the same command continues from there"
@@ -269,7 +270,7 @@ class Record:
             steps = self._checkpoints.steps()
         except (OSError, TrainingError):
             return "not known"
-        return self._checkpoints.name(steps[-1]) if steps else "none was saved yet"
+        return self._checkpoints.name(steps[-1]) if steps else "none is there"
 
     def non_finite(self, error: NonFiniteStep, images: dict[int, str]) -> str:
         """Writes `non_finite.json` for the step that ends the run; says what to do about it.

@@ -37,7 +37,7 @@ def supervised() -> Iterator[Supervision]:
     with (
         StopSignal() as stop,
         Watchdog(phases, seconds) as watchdog,
-        heard_by(phases.alive),
+        heard_by(phases.goes_on),
     ):
         _current = Supervision(phases, stop, watchdog)
         try:

@@ -41,11 +41,12 @@ class Workdir:
         run writes to a temporary folder, which `push` copies; see `storage/`.
       config: the resolved settings.
 
-    Raises (on entering, with nothing changed):
+    Raises (on entering, with nothing changed; for a name that is none, before):
       InputError: the folder cannot be written, is in use, or holds a run with another config.
     """
 
     def __init__(self, path: str, config: Settings):
+        _check_text(path)
         self._mirror = Mirror(path) if is_bucket(path) else None
         self.name = path.rstrip("/") if self._mirror else os.path.abspath(path)
         self.path = self._mirror.folder if self._mirror else self.name
@@ -229,6 +230,17 @@ class Workdir:
     def write_json(self, name: str, content: Any) -> None:
         """The same, with anything JSON can hold."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+
+def _check_text(path: str) -> None:
+    """Checkpoints are written by libraries that know file names as UTF-8 only."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--workdir={ascii(path)}: its name cannot be written as UTF-8. Choose another; if it "
+            "looks right in this terminal, set PYTHONUTF8=1"
+        ) from error
 
 
 def stall_file(workdir: str) -> str | None:

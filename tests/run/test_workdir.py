@@ -154,3 +154,8 @@ def test_a_folder_that_was_moved_or_removed_is_noticed(tmp_path):
         (tmp_path / "run").mkdir()
         with pytest.raises(FileNotFoundError, match="it is another folder now"):
             run.check_there()
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\\udcff': its name cannot be written as UTF-8"):
+        Workdir(f"{tmp_path}/a\udcff", tiny.settings())
