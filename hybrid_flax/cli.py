@@ -30,16 +30,17 @@ _HELP = ("-h", "-help", "--help", "-?", "--?", "--helpshort", "--helpfull")
 
 
 def run(
-    main: Callable[[ml_collections.ConfigDict, str], int | None],
+    main: Callable[[Any, str], int | None],
     *,
+    needs_config: bool = True,
     needs_workdir: bool = True,
     in_parallel: bool = False,
 ) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
 
-    Without `needs_workdir` the latter may be missing, and is "" then. With `in_parallel` it may
-    run as several processes, on one or many hosts: they are joined before `main`, only the first
-    prints, and an error of one ends all.
+    Without `needs_config` the former may be missing, and is None then; without `needs_workdir` the
+    latter, and is "". With `in_parallel` it may run as several processes, on one or many hosts:
+    they are joined before `main`, only the first prints, and an error of one ends all.
 
     Exits as `ending` says.
     """
@@ -59,9 +60,10 @@ def run(
         absl_logging.set_verbosity(absl_logging.WARNING)
         if arguments[1:]:
             raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
-        config = _config(config_flag)
+        has_config = needs_config or config_flag.value is not None
+        config = _config(config_flag) if has_config else None
         with supervised() as watch:
-            seconds = config.get("watchdog_seconds")
+            seconds = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):
                 watch.watchdog.seconds = seconds
         if needs_workdir and not workdir_flag.value:
@@ -113,6 +115,12 @@ def _leave(status: int, reason: str, *, is_error: bool = True) -> int:
     with contextlib.suppress(OSError):
         print(f"{whose}{'error: ' if is_error else ''}{reason}", file=sys.stderr, flush=True)
     return processes.leave(status, reason) if processes.several() else status
+
+
+def given_fields() -> list[str]:
+    """Names of the fields that the command line sets: "model.image_size" for --config.model.…=."""
+    flag = flags.FLAGS["config"]
+    return [] if flag.value is None else list(config_flags.get_override_values(flag))
 
 
 def _in_present_names(arguments: list[str]) -> list[str]:

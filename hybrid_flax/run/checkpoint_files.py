@@ -16,6 +16,7 @@ from etils import epath
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.run import orbax_io
+from hybrid_flax.weights.differences import summary
 from hybrid_flax.weights.paths import flatten, unflatten
 
 FORMAT = 1
@@ -36,7 +37,7 @@ class DamagedCheckpointError(Exception):
 
 
 class CheckpointMismatchError(InputError):
-    """An intact checkpoint of something else; the message sums up the paths that differ."""
+    """An intact checkpoint of something else; the message says which paths differ."""
 
 
 def parts_of(step: int, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +116,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def check_same(found: Any, expected: Any, where: str) -> None:
-    """Raises CheckpointMismatchError for paths whose presence, shape or dtype differs.
-
-    The message has how many there are, three of each kind, and what those of a kind have in common.
+    """Raises CheckpointMismatchError, with a summary, where presence, shape or dtype differ.
 
     Args:
       found, expected: trees of anything with `shape` and `dtype`.
@@ -130,35 +129,16 @@ def check_same(found: Any, expected: Any, where: str) -> None:
         }
         for tree in (found, expected)
     )
-    kinds = (
-        {path: f"only there, {theirs[path]}" for path in theirs if path not in ours},
-        {path: f"not there, here {ours[path]}" for path in ours if path not in theirs},
-        {
-            path: f"there {theirs[path]}, here {ours[path]}"
-            for path in ours
-            if path in theirs and theirs[path] != ours[path]
-        },
-    )
-    if any(kinds):
-        lines = [line for kind in kinds for line in _summary(kind)]
+    shapes = [
+        f"{path}: there {theirs[path]}, here {ours[path]}"
+        for path in ours
+        if path in theirs and theirs[path] != ours[path]
+    ]
+    missing = [path for path in ours if path not in theirs]
+    unexpected = [path for path in theirs if path not in ours]
+    if missing or unexpected or shapes:
         raise CheckpointMismatchError(
             f"{where} is of another model or optimizer; nothing was loaded. "
-            f"{sum(map(len, kinds))} differences:\n  " + "\n  ".join(lines)
+            f"{len(missing + unexpected + shapes)} differences:\n"
+            f"{summary(missing, unexpected, shapes)}"
         )
-
-
-def _summary(differences: dict[str, str], most: int = 3) -> list[str]:
-    """A line for each of the first, and one for all others."""
-    lines = [f"{path}: {what}" for path, what in differences.items()]
-    if len(lines) <= most + 1:
-        return lines
-    rest = f"… and {len(lines) - most} more of this kind"
-    folders = [path.split("/")[:-1] for path in differences]
-    common = []
-    for names in zip(*folders, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    if common:
-        rest += f", all in {'/'.join(common)}"
-    return [*lines[:most], rest]

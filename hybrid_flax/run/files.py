@@ -119,7 +119,8 @@ def read_json_lines(
             f"cannot read {explain(error)}. Mend it, or move it away: then it begins anew"
         ) from error
     lines = content.split(b"\n")
-    records, damaged = [], []
+    records: list[dict[str, Any]] = []
+    damaged: list[int] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -133,7 +134,5 @@ def read_json_lines(
     if not damaged:
         return records, None
     shown = ", ".join(map(str, damaged[:3])) + (", …" if damaged[3:] else "")
-    logging.warning(
-        "%s: %d of %d lines are damaged and left out: %s", file, len(damaged), len(lines), shown
-    )
+    logging.warning("%s: %d of its lines are damaged and left out: %s", file, len(damaged), shown)
     return records, content

@@ -18,6 +18,7 @@ from hybrid_flax.run import files
 from hybrid_flax.run.phases import PHASES, Phases
 
 KINDS = (*PHASES, "lost steps", "downtime")
+_MOST = 1e12  # of anything in a line that is not damaged
 _UNDONE = ("train", "input wait")  # what is lost with a step
 
 
@@ -95,10 +96,11 @@ def _is_line(found: Any) -> bool:
     """Whether it is a line that `account` can add up."""
     if not isinstance(found, dict) or not isinstance(spent := found.get("seconds"), dict):
         return False
-    numbers = (found.get("time"), found.get("elapsed"), *spent.values())
+    counts = [found.get(name) for name in ("start", "step")]
+    numbers = [*counts, found.get("time"), found.get("elapsed"), *spent.values()]
     return (
-        all(type(found.get(name)) is int for name in ("start", "step"))
-        and all(isinstance(number, int | float) for number in numbers)
+        all(type(count) is int for count in counts)
+        and all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers)
         and spent.keys() <= set(PHASES)
     )
 

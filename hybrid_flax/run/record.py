@@ -94,6 +94,10 @@ class Record:
         overview = get_parameter_overview(parameters, include_stats=False)
         self._workdir.write_text("parameters.txt", f"{overview}\n\n{memory}\n")
 
+    def write_classes(self, names: Sequence[str] | None) -> None:
+        """Writes `classes.json`: the classes' names by number, null where the data has none."""
+        self._workdir.write_json("classes.json", names if names is None else list(names))
+
     # ------------------------------------------------------------------------------- checkpoints
 
     def restore(self, expected: Any) -> Restored | None:
@@ -118,7 +122,7 @@ class Record:
 
         Args:
           state: with whole arrays, which later steps may reuse.
-          fingerprint: describes the training images.
+          fingerprint: describes the images of both splits.
         """
         self._workdir.check_there()
         self._workdir.push()

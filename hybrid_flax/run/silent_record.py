@@ -26,6 +26,9 @@ class SilentRecord:
     def introduce(self, said: str, parameters: Any, memory: str) -> None:
         pass
 
+    def write_classes(self, names: Sequence[str] | None) -> None:
+        pass
+
     def restore(self, expected: Any) -> None:
         return None
 

@@ -1,6 +1,7 @@
 """The folder that belongs to one training run: who may use it, and what it records.
 
 `config.json`     every setting, as resolved
+`classes.json`    names of the classes, by number
 `parameters.txt`  every parameter with its shape
 `versions.json`   packages, devices and commit of the latest start
 `ledger.jsonl`    where the time went, over all starts: see `goodput.py`
@@ -180,8 +181,10 @@ class Workdir:
 
     def _check_not_finished(self):
         """A finished run whose checkpoints are gone would train, and be recorded, anew."""
+        if self._has_checkpoints() and open_steps(self.checkpoints).steps():
+            return
         lines = read_ledger(self.ledger)
-        if lines and lines[-1].get("finished") is True and not open_steps(self.checkpoints).steps():
+        if lines and lines[-1].get("finished") is True:
             raise InputError(
                 f"{self.name} holds the records of a run that was finished at step "
                 f"{lines[-1]['step']}, but none of its checkpoints: training would write over "
@@ -238,7 +241,7 @@ def _check_text(path: str) -> None:
         path.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"--workdir={ascii(path)}: its name cannot be written as UTF-8. Choose another; if it "
+            f"--workdir={path!a}: its name cannot be written as UTF-8. Choose another; if it "
             "looks right in this terminal, set PYTHONUTF8=1"
         ) from error
 

@@ -368,22 +368,10 @@ def test_another_model_is_refused_with_every_difference(saved):
         saved.restore(expected)
     text = str(error.value)
     assert "4 differences" in text
-    assert "step: only there, int32 ()" in text
-    assert "params/head/bias: not there, here float32 (3,)" in text
+    assert "1 only in the checkpoint:\n    step" in text
+    assert "1 missing from the checkpoint:\n    params/head/bias" in text
     assert "params/stem/kernel: there float32 (8, 16), here float32 (8, 17)" in text
     assert "params/stages/10/table: there bfloat16 (300, 70), here float32 (300, 70)" in text
-
-
-def test_many_differences_are_summed_up(saved):
-    expected = tree()
-    stages = {str(i): {"scale": np.zeros(5, np.float32)} for i in range(20, 30)}
-    expected["params"]["stages"] |= stages
-    with pytest.raises(CheckpointMismatchError, match="10 differences") as error:
-        saved.restore(expected)
-    lines = str(error.value).splitlines()
-    assert len(lines) == 5
-    assert lines[1] == "  params/stages/20/scale: not there, here float32 (5,)"
-    assert lines[-1] == "  … and 7 more of this kind, all in params/stages"
 
 
 def test_a_newer_format_asks_for_an_update(saved, monkeypatch):

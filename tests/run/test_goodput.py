@@ -247,4 +247,4 @@ def test_a_damaged_ledger_is_summed_up_as_far_as_it_can_be_read(tmp_path, caplog
         caplog.clear()
         file.write_bytes(damaged + first)
         assert account(read_ledger(file)).wall == 3
-        assert f"{file}: 1 of 3 lines are damaged and left out: 1" in caplog.text
+        assert f"{file}: 1 of its lines are damaged and left out: 1" in caplog.text

@@ -76,7 +76,7 @@ def test_a_damaged_file_is_kept_and_what_can_be_read_is_used(tmp_path, caplog):
     file.write_bytes(damaged + b'{"step": 9, "a": 2}\n{"st')
     writer = MetricWriter(str(tmp_path), str(file), start_step=10)
     assert writer.records == [{"step": 1, "a": 1}, {"step": 9, "a": 2}]
-    assert f"{file}: 5 of 8 lines are damaged and left out: 2, 3, 4, …" in caplog.text
+    assert f"{file}: 5 of its lines are damaged and left out: 2, 3, 4, …" in caplog.text
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(damaged)
     caplog.clear()
     assert read_metrics(file) == writer.records
