@@ -63,7 +63,7 @@ def run(
         has_config = needs_config or config_flag.value is not None
         config = _config(config_flag) if has_config else None
         with supervised() as watch:
-            seconds = config.get("watchdog_seconds") if config else None
+            seconds: Any = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):
                 watch.watchdog.seconds = seconds
         if needs_workdir and not workdir_flag.value:

@@ -123,10 +123,11 @@ def read_json_lines(
     damaged: list[int] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
+            record: Any = None
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):  # also bytes that are no text, and endless numbers
-                record = None
+                pass
             if is_record(record):
                 records.append(record)
             elif record is not None or number < len(lines):

@@ -25,7 +25,7 @@ def attended(stop: StopSignal) -> Iterator[None]:
     if before is None:  # closed by who started us
         sys.stdout = open(os.devnull, "w")
     else:
-        sys.stdout = _Output(before, stop)  # type: ignore[assignment]
+        sys.stdout = _Output(before, stop)
     try:
         yield
     finally:

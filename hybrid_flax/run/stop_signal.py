@@ -46,7 +46,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self.deferring = False
-        self._count = 0
+        self._count = self._handled = 0
         self._counting = threading.Lock()
         ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
@@ -83,6 +83,9 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: object) -> None:
         self.received = self.received or signal.Signals(number)
+        self._handled += 1
+        if self._handled > 1:  # another event loop may have taken our ear
+            os._exit(128 + self.received)
         if not self.deferring:
             raise Stopped(self.received)
 

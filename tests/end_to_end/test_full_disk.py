@@ -61,7 +61,7 @@ def test_a_work_directory_that_was_moved_is_not_made_anew(tmp_path, instead):
             if instead:
                 (tmp_path / "run").mkdir()
 
-    with pytest.raises(TrainingError, match=r"training stopped at step \d: .*work directory was mo"):
+    with pytest.raises(TrainingError, match=r"stopped at step \d: .*work directory was moved"):
         toy.train(toy.get_config(), tmp_path / "run", build=toy.disturbed(move))
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert Checkpoints(tmp_path / "moved" / "checkpoints").steps() == [3]
