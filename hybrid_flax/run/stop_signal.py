@@ -13,6 +13,7 @@ from collections.abc import Iterator
 # https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys
 _NOTICES = {"preempted": "FALSE", "maintenance-event": "NONE"}
 _POLL = 5.0  # seconds
+_PATIENCE = 5.0  # seconds for Python to come to a bytecode where there is nothing to be saved
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,8 +35,9 @@ class StopSignal:
 
     A second signal, whichever the two are, ends the process at once with the status of the first:
     a thread hears it, for Python handles signals between bytecodes only, and a step may compile for
-    minutes. On Google Cloud the notice that this machine will be taken away, half a minute or more
-    before it is, counts as SIGTERM where signals are deferred.
+    minutes. Where nothing is deferred, that thread waits for Python five seconds and ends it, too.
+    On Google Cloud the notice that this machine will be taken away, half a minute or more before it
+    is, counts as SIGTERM where signals are deferred.
 
     Attributes:
       received: None, or the first signal.
@@ -95,7 +97,17 @@ class StopSignal:
                 # In a step that compiles `_handle` comes much later.
                 self.received = self.received or signal.Signals(numbers[0])
                 self._heard()
+                if not self.deferring:
+                    deaf = threading.Timer(_PATIENCE, self._end_if_deaf)
+                    deaf.daemon = True
+                    deaf.start()
         os.close(ear)
+
+    def _end_if_deaf(self) -> None:
+        if self.received and not (self._handled or self.deferring):
+            with contextlib.suppress(OSError):
+                os.write(2, f"stopped by {self.received.name}\n".encode())
+            os._exit(128 + self.received)
 
     def _heard(self) -> None:
         with self._counting:

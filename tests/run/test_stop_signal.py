@@ -68,6 +68,21 @@ def test_any_second_signal_ends_it_with_the_status_of_the_first(first, second):
         assert process.wait(timeout=20) == 128 + signal.Signals[first or "SIGTERM"]
 
 
+def test_where_nothing_is_to_be_saved_a_compiler_is_not_waited_for():
+    impatient = "from hybrid_flax.run import stop_signal\nstop_signal._PATIENCE = 0.2\n"
+    program = impatient + BUSY.replace(", stop.deferred()", "")
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "busy\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+        assert process.stderr.read() == "stopped by SIGTERM\n"
+
+
 class Machine(http.server.BaseHTTPRequestHandler):
     """Answers as Google Cloud's metadata server does; `answers` by key."""
 
