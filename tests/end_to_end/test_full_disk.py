@@ -83,6 +83,7 @@ def test_an_error_while_closing_does_not_hide_the_first(tmp_path, monkeypatch, c
     assert "closing failed, too" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_listens_to_is_saved_and_says_so(tmp_path):
     command = [sys.executable, "-m", "tests.toy", "--config=tests/toy.py", f"--workdir={tmp_path}"]
     with subprocess.Popen(
