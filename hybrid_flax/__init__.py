@@ -7,7 +7,17 @@ logits = model(images)  # [B, 224, 224, 3], normalised → [B, 1000]
 
 from __future__ import annotations
 
+import itertools
+import signal
+import sys
 import typing
+
+# `python -m hybrid_flax.…`: until `cli.ending` listens, Ctrl-C ends it, and without a traceback.
+if any(
+    option == "-m" and module.startswith("hybrid_flax.")
+    for option, module in itertools.pairwise(sys.orig_argv)
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if typing.TYPE_CHECKING:
     from flax import nnx

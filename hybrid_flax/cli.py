@@ -1,7 +1,12 @@
-"""What the command-line programs share: flags, and errors that a user can read."""
+"""What the command-line programs share: flags, and ends that a user can read."""
 
+import contextlib
+import functools
+import itertools
 import os
+import stat
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +19,14 @@ from ml_collections import config_flags
 
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
-from hybrid_flax.settings import DROPPED, RENAMED, old_name
+from hybrid_flax.run import files
+from hybrid_flax.run.output import attended
+from hybrid_flax.run.stop_signal import Stopped
+from hybrid_flax.run.supervision import supervised
+from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
 from pallas.dispatch import UnservedShapeError
+
+_HELP = ("-h", "-help", "--help", "-?", "--?", "--helpshort", "--helpfull")
 
 
 def run(
@@ -31,14 +42,14 @@ def run(
     latter, and is "". With `in_parallel` it may run as several processes, on one or many hosts:
     they are joined before `main`, only the first prints, and an error of one ends all.
 
-    Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
-    stop.
+    Exits as `ending` says.
     """
     given = _in_present_names(sys.argv)
     config_flag = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file, such as configs/gcvit_b.py; fields: --config.optimizer.…=…",
+        "Config file, such as configs/gcvit_b.py. Its fields: --config.optimizer.learning_rate=…, "
+        "all of them in docs/settings.md.",
         sys_argv=given,
     )
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -47,31 +58,63 @@ def run(
 
     def program(arguments: list[str]) -> int | None:
         absl_logging.set_verbosity(absl_logging.WARNING)
-        try:
-            if arguments[1:]:
-                raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
-            has_config = needs_config or config_flag.value is not None
-            config = _config(config_flag) if has_config else None
-            if needs_workdir and not workdir_flag.value:
-                raise InputError("--workdir is missing")
-            if in_parallel:
-                _join()
-            return main(config, workdir_flag.value or "")
-        except (InputError, TrainingError, UnservedShapeError) as error:
-            code = 1 if isinstance(error, TrainingError) else 2
-            _say(str(error))
-            return processes.leave(code, str(error)) if processes.several() else code
-        except Exception as error:
-            if not processes.several():
-                raise
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, jax.errors.JaxRuntimeError) and "connection" in reason.lower():
-                reason = f"the connection to another process is lost, see its log ({reason})"
-            _say(reason)
-            processes.leave(1, reason)
+        if arguments[1:]:
+            raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
+        has_config = needs_config or config_flag.value is not None
+        config = _config(config_flag) if has_config else None
+        with supervised() as watch:
+            seconds: Any = config.get("watchdog_seconds") if config else None
+            if FIELDS["watchdog_seconds"].expected.fits(seconds):
+                watch.watchdog.seconds = seconds
+        if needs_workdir and not workdir_flag.value:
+            raise InputError("--workdir is missing")
+        if in_parallel:
+            _join()
+        return main(config, workdir_flag.value or "")
 
-    app.run(program, argv=given, flags_parser=_parse_flags)
+    def begin() -> int | None:
+        try:
+            app.run(program, argv=given, flags_parser=_parse_flags)
+        except SystemExit as end:
+            return end.code  # type: ignore[return-value]  # of ours
+        return 0
+
+    sys.exit(ending(begin))
+
+
+def ending(program: Callable[[], int | None]) -> int | None:
+    """The exit status of a program, which is watched from here on: see `supervised`.
+
+    It is what `program()` returns; 2 for input that the user can mend, 1 for training that had to
+    stop and files that cannot be written, 128 + the signal after a stop that was asked for.
+    What is wrong is said in one line, `error: …`.
+    """
+    try:
+        with supervised() as watch, attended(watch.stop):
+            status = program()
+            sys.stdout.flush()
+            return status
+    except (InputError, TrainingError, UnservedShapeError) as error:
+        return _leave(1 if isinstance(error, TrainingError) else 2, str(error))
+    except OSError as error:
+        return _leave(1, files.explain(error))
+    except Stopped as stopped:
+        return _leave(stopped.status, str(stopped), is_error=False)
+    except Exception as error:
+        if not processes.several():
+            raise
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, jax.errors.JaxRuntimeError) and "connection" in reason.lower():
+            reason = f"the connection to another process is lost, see its log ({reason})"
+        return _leave(1, reason)
+
+
+def _leave(status: int, reason: str, *, is_error: bool = True) -> int:
+    whose = f"{processes.name()}: " if processes.several() else ""
+    with contextlib.suppress(OSError):
+        print(f"{whose}{'error: ' if is_error else ''}{reason}", file=sys.stderr, flush=True)
+    return processes.leave(status, reason) if processes.several() else status
 
 
 def given_fields() -> list[str]:
@@ -115,25 +158,74 @@ def _join() -> None:
         sys.stdout = open(os.devnull, "w")  # one log; errors and warnings go elsewhere
 
 
-def _say(error: str) -> None:
-    whose = f"{processes.name()}: " if processes.several() else ""
-    print(f"{whose}error: {error}", file=sys.stderr)
-
-
 def _parse_flags(arguments: list[str]) -> list[str]:
+    if any(argument in _HELP for argument in arguments[1:]):
+        _print_help()
+        raise SystemExit(0)
+    file = _config_file()
+    if os.path.exists(file) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise InputError(f"--config={file}: expected a file, such as configs/gcvit_b.py")
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
-        message = str(_cause(error))
+        raise InputError(str(_cause(error))) from error
     except (AttributeError, KeyError) as error:  # ml_collections: no such field
-        message = "--config has no such field: " + str(error.args[0]).replace("\n", ". ")
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        if _place_in_config(error):
+            raise _unusable(error) from error
+        message = str(error.args[0]).replace("\n", ". ")
+        raise InputError(f"--config has no such field: {message}") from error
+    except Exception as error:  # whatever the config file did
+        raise _unusable(error) from error
+
+
+def _config_file() -> str:
+    """What --config names, without what follows the colon; "" if it is not there."""
+    for argument, following in itertools.zip_longest(sys.argv[1:], sys.argv[2:], fillvalue=""):
+        name, given, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return (value if given else following).partition(":")[0]
+    return ""
+
+
+def _place_in_config(error: BaseException) -> int | None:
+    """The line of the config file at which an error came up, if it was there."""
+    file = os.path.realpath(_config_file())
+    if isinstance(error, SyntaxError) and error.filename:
+        return error.lineno if os.path.realpath(error.filename) == file else None
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == file]
+    return lines[-1] if lines else None
+
+
+def _unusable(error: BaseException) -> InputError:
+    place = _place_in_config(error)
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return InputError(
+        f"the config file {_config_file()} cannot be used"
+        + (f", see its line {place}" if place else "")
+        + f": {type(error).__name__}: {said}"
+    )
+
+
+def _print_help() -> None:
+    """Absl's own --help leaves out what is defined here, and ends with 1."""
+    wrap = functools.partial(
+        textwrap.fill, width=98, initial_indent="  ", subsequent_indent=" " * 6,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    print(sys.modules["__main__"].__doc__ or "")
+    print("Flags:")
+    for module in (__name__, sys.argv[0]):  # the latter is how absl calls the main one
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            print(wrap(f"{name}: {flag.help}{default}"))
 
 
 def _cause(error: BaseException) -> BaseException:
     """The InputError that a config file raised: ml_collections and absl wrap it in their own."""
-    found, link = error, error
+    found: BaseException = error
+    link: BaseException | None = error
     while link:
         if isinstance(link, InputError):
             found = link
@@ -141,11 +233,15 @@ def _cause(error: BaseException) -> BaseException:
     return found
 
 
-def _config(flag) -> ml_collections.ConfigDict:
+def _config(flag: Any) -> ml_collections.ConfigDict:
     if flag.value is None:
         raise InputError("--config is missing; to try: --config=configs/quickstart.py")
     try:
         flag.value.keys()
     except OSError as error:
         raise InputError(f"cannot read the config file: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever the config file did
+        raise _unusable(error) from error
     return flag.value

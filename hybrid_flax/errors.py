@@ -1,4 +1,8 @@
-"""What a user can mend, and why a run had to stop."""
+"""What a user can mend, why a run had to stop, and closing without hiding either."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -11,3 +15,24 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training had to stop for a reason that lies in the run; the message says where it stands."""
+
+
+def close(closing: Callable[[], object], after: BaseException | None) -> None:
+    """Calls `closing()`; what goes wrong in it does not hide an error that came before."""
+    try:
+        closing()
+    except Exception as error:
+        if after is None:
+            raise
+        logging.warning("while closing after an error: %s: %s", type(error).__name__, error)
+
+
+@contextlib.contextmanager
+def closed_after(closing: Callable[[], object]) -> Iterator[None]:
+    """Calls `closing()` at the end, as `close` does."""
+    try:
+        yield
+    except BaseException as error:
+        close(closing, error)
+        raise
+    closing()

@@ -21,6 +21,7 @@ from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import memory_table
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Settings
+from hybrid_flax.sign_of_life import alive
 from hybrid_flax.versions import versions
 from pallas.dispatch import Call, recorded
 
@@ -133,6 +134,7 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
     unit = 8 * parts * config.accumulation_steps
 
     def fits(units: int) -> bool:
+        alive()
         config.batch_size = units * unit
         config.augment.mix_group = config.model.batch_norm_group = 0
         return plan(config, target, quick)["fits"]

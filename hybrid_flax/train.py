@@ -8,9 +8,9 @@ directory, writes and speaks: the `record` of the others is silent. What it alon
 others (`from_first`).
 """
 
-import contextlib
 import functools
 import logging
+import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,21 +27,22 @@ from hybrid_flax.distributed.processes import from_first, is_first
 from hybrid_flax.distributed.shardings import memory_table, show_memory_table
 from hybrid_flax.distributed.step_status import StatusExchange
 from hybrid_flax.distributed.transfer import broadcast_from_first, gather_to_host, put
-from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax.errors import InputError, TrainingError, closed_after
 from hybrid_flax.evaluate import Results, evaluate, show_results
 from hybrid_flax.run.cadence import Cadence
 from hybrid_flax.run.metrics import Numbers, PendingMetrics
 from hybrid_flax.run.phases import Phases
 from hybrid_flax.run.progress import seconds_at_peak
-from hybrid_flax.run.record import Record, SilentRecord
+from hybrid_flax.run.record import Record
+from hybrid_flax.run.silent_record import SilentRecord
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps, is_finite, skip_or_raise
 from hybrid_flax.run.stop_signal import StopSignal
-from hybrid_flax.run.watchdog import Watchdog
+from hybrid_flax.run.supervision import Supervision, supervised
 from hybrid_flax.run.workdir import differences
 from hybrid_flax.settings import FIELDS, Settings, Tree, to_plain
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.step import State, weights_of
-from hybrid_flax.versions import versions
+from hybrid_flax.versions import check_same_numerics, numerics, versions
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
@@ -65,24 +66,27 @@ def train(
       InputError: the config, the data or the work directory cannot be used.
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
-    phases = Phases()
-    settings, train_source, val_source = open_splits(checked(config))
-    _check_same_everywhere(settings, train_source, val_source)
-    mesh = make_mesh(**vars(settings.mesh))
-    check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
-    data = Data(settings, train_source, val_source, mesh)
-    program = build(settings, mesh, data.steps_per_epoch)
-    record: Record | SilentRecord = SilentRecord(workdir)
-    if is_first():
-        fastest = seconds_at_peak(program.flops, settings.model.dtype, mesh.size)
-        record = Record(settings, workdir, phases, profile=profile, seconds_at_peak=fastest)
-    return run(program, data, record, settings, mesh, phases)
+    with supervised() as watch:
+        phases = watch.phases
+        settings, train_source, val_source = open_splits(checked(config))
+        watch.watchdog.seconds = settings.watchdog_seconds
+        _check_same_everywhere(settings, train_source, val_source)
+        mesh = make_mesh(**vars(settings.mesh))
+        check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
+        data = Data(settings, train_source, val_source, mesh)
+        with phases("build"):
+            program = build(settings, mesh, data.steps_per_epoch)
+        record: Record | SilentRecord = SilentRecord(workdir)
+        if is_first():
+            fastest = seconds_at_peak(program.flops, settings.model.dtype, mesh.size)
+            record = Record(settings, workdir, phases, profile=profile, seconds_at_peak=fastest)
+        return run(program, data, record, settings, mesh, watch)
 
 
 def _check_same_everywhere(config: Settings, *sources: EncodedSource) -> None:
     """Raises InputError if this process was not started with the settings and data of the first."""
     mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
-    mine["commit"] = versions()["commit"]
+    mine |= {"commit": versions()["commit"], "numerics": numerics()}
     of_host = [field.name for field in FIELDS.values() if field.of_host]
     first = from_first("compare the settings", lambda: mine)
     if lines := [
@@ -115,37 +119,46 @@ def run(
     record: Record | SilentRecord,
     config: Settings,
     mesh: Mesh,
-    phases: Phases,
+    watch: Supervision,
 ) -> int:
     """Runs a program to its end, or until it is asked to stop; returns the exit status.
 
     Raises:
       InputError: the work directory or its checkpoints cannot be used.
-      TrainingError: the loss became non-finite, or a checkpoint could not be written.
+      TrainingError: the loss became non-finite, or a checkpoint or record could not be written.
     """
-    with (
-        record,
-        StopSignal() as stop,
-        Watchdog(phases, config.watchdog_seconds, record.stall_file),
-    ):
+    with record:
+        watch.watchdog.file = record.stall_file
         cadence = Cadence.from_config(config, data.steps_per_epoch)
         train_step = CompiledOnce(program.train_step)
-        job = Job(program, train_step, data, record, config, mesh, phases, stop, cadence)
-        _introduce(job)
-        rolled_back_from = None
-        while True:
-            with phases("restore"):
-                step, state, skipped = _begin_or_continue(job, rolled_back_from)
-            phases.enter("start")
-            try:
-                return _loop(job, step, state, skipped)
-            except NonFiniteStep as error:
-                limit = config.non_finite_limit if config.on_non_finite == "roll_back" else 0
-                if error.skipped.rolled_back >= limit:
-                    images = data.images_of(error.batch) if is_first() else {}
-                    raise TrainingError(record.non_finite(error, images)) from error
-                logging.warning("%s; going back to the last checkpoint", error)
-                rolled_back_from = error
+        job = Job(
+            program, train_step, data, record, config, mesh, watch.phases, watch.stop, cadence
+        )
+        try:
+            _introduce(job)
+            with watch.stop.deferred():
+                return _train(job)
+        except OSError as error:
+            raise TrainingError(record.interrupted(error)) from error
+
+
+def _train(job: Job) -> int:
+    """Begins or continues, and does so again after a step for which the run is rolled back."""
+    config, phases = job.config, job.phases
+    rolled_back_from = None
+    while True:
+        with phases("restore"):
+            step, state, skipped = _begin_or_continue(job, rolled_back_from)
+        phases.enter("start")
+        try:
+            return _loop(job, step, state, skipped)
+        except NonFiniteStep as error:
+            limit = config.non_finite_limit if config.on_non_finite == "roll_back" else 0
+            if error.skipped.rolled_back >= limit:
+                images = job.data.images_of(error.batch) if is_first() else {}
+                raise TrainingError(job.record.non_finite(error, images)) from error
+            logging.warning("%s; going back to the last checkpoint", error)
+            rolled_back_from = error
 
 
 def _introduce(job: Job) -> None:
@@ -178,15 +191,17 @@ def _begin_or_continue(
     if found:
         step, meta = found
         check_same_data(job.data.fingerprint, meta.get("data", {}), step)
+        check_same_numerics(meta.get("numerics", {}), step)
         arrays = broadcast_from_first(restored.arrays if restored else None, flatten(program.state))
         state = put(unflatten_like(program.state, arrays), program.shardings)
         skipped = SkippedSteps(*meta.get("mishaps", SkippedSteps()))
         print(f"continuing from the checkpoint of step {step}")
     else:
         step, skipped = 0, SkippedSteps()
-        names = job.data.train.class_names
-        weights = initial_weights(job.config, program.fresh, job.mesh, names)
-        state = jax.jit(program.begin, out_shardings=program.shardings)(weights)
+        with job.phases("build"):
+            names = job.data.train.class_names
+            weights = initial_weights(job.config, program.fresh, job.mesh, names)
+            state = jax.jit(program.begin, out_shardings=program.shardings)(weights)
     record.clear_after(step if found else -1)
     if rolled_back_from:
         skipped = rolled_back_from.after_rolling_back(step, skipped)
@@ -208,7 +223,7 @@ def _loop(job: Job, step: int, state: State, skipped: SkippedSteps) -> int:
 
     with (
         record.training(step, total_steps),
-        contextlib.closing(feed),
+        closed_after(feed.close),
         jax.transfer_guard("disallow"),
     ):
         evaluated = set(from_first("read the evaluations", record.evaluated_steps))
@@ -252,6 +267,11 @@ def _loop(job: Job, step: int, state: State, skipped: SkippedSteps) -> int:
 
     stop = exchange.last.stop
     if stop and total_steps not in evaluated:
+        if stop == signal.SIGPIPE:
+            raise TrainingError(
+                "nobody reads what training says (standard output cannot be written): stopped at "
+                f"step {step}, which is saved; the same command continues"
+            )
         print(f"stopped by {stop.name}; step {step} is saved, the same command continues")
         return 128 + stop
     print(f"finished: {total_steps} steps of {job.config.model.name}")

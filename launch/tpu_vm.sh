@@ -32,7 +32,7 @@ say() { echo "$(date +%H:%M:%S) $*"; }
 workdir=
 for argument; do [[ $argument == --workdir=* ]] && workdir=${argument#*=}; done
 [[ $workdir ]] || { echo "error: --workdir is missing"; exit 2; }
-arguments=$(printf '%q ' "$@")
+arguments=$(printf '%q ' "$@") # for a shell on the hosts, as is all that is quoted so below
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
 git archive --format=tar.gz --output="$archive" HEAD || exit 2
@@ -58,7 +58,7 @@ have_slice() { # returns when the slice is there; fails when it cannot be had
 install() { # on all hosts; fails when one of them does not answer
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:hybrid_flax.tar.gz" --zone="$ZONE" --worker=all &&
     on all "mkdir -p hybrid_flax && tar -xzf hybrid_flax.tar.gz -C hybrid_flax &&
-            bash hybrid_flax/launch/tpu_vm_host.sh install '$NFS'"
+            bash hybrid_flax/launch/tpu_vm_host.sh install $(printf '%q' "$NFS")"
 }
 
 statuses() { # of all hosts, one a line: running, gone, or an exit status
@@ -66,7 +66,7 @@ statuses() { # of all hosts, one a line: running, gone, or an exit status
 }
 
 newest() { # step of the newest checkpoint
-  on 0 "bash hybrid_flax/launch/newest.sh '$workdir'" | grep -E '^[0-9]+$'
+  on 0 "bash hybrid_flax/launch/newest.sh $(printf '%q' "$workdir")" | grep -E '^[0-9]+$'
 }
 
 watch_hosts() { # until no host is running, or one has stopped and the others do not follow it

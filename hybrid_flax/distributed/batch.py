@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_flax.distributed.transfer import from_parts
 from hybrid_flax.errors import InputError
+from hybrid_flax.sign_of_life import alive
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -31,8 +32,10 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Starts copying this process's rows of a batch to its devices; does not wait.
 
-    The arrays that it returns have the rows of all processes.
+    The arrays that it returns have the rows of all processes. It is a sign of life: whatever a
+    program does with images, it comes here for each batch.
     """
+    alive()
     sharding, parts = batch_sharded(mesh), _own_parts(mesh)
 
     def whole(array: np.ndarray) -> jax.Array:

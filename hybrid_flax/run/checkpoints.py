@@ -29,6 +29,7 @@ from hybrid_flax.run.checkpoint_files import (
     read_step,
 )
 from hybrid_flax.run.storage.steps import open_steps
+from hybrid_flax.sign_of_life import alive
 
 
 class CheckpointSaveError(TrainingError):
@@ -192,11 +193,16 @@ class Checkpoints:
           CheckpointMismatchError: the checkpoint is intact but has other paths, shapes or dtypes.
           InputError: there are checkpoints, but every one is damaged.
         """
-        damaged = {}
-        for step in reversed(self.steps()):
+        damaged: dict[int, str] = {}
+        while steps := [step for step in self.steps() if step not in damaged]:
+            step = steps[-1]
             try:
                 restored = self._read(step, expected)
-            except DamagedCheckpointError as error:
+            except (DamagedCheckpointError, TrainingError) as error:
+                if step not in self.steps():
+                    continue  # a run that goes on has deleted it meanwhile
+                if isinstance(error, TrainingError):
+                    raise
                 damaged[step] = str(error)
                 logging.warning(
                     "checkpoint %s is damaged and will not be used: %s", self.name(step), error
@@ -226,13 +232,14 @@ class Checkpoints:
         self._stored.delete_unfinished()
 
     def _read(self, step: int, expected: Any) -> Restored:
+        alive()
         with self._stored.open(step) as folder:
             return read_step(folder, step, expected, self.name(step))
 
     def _failed(self, step: int, reason: object) -> CheckpointSaveError:
         try:
             last = max((other for other in self.steps() if other != step), default="none")
-        except TrainingError:  # what failed may be where they are
+        except (InputError, TrainingError):  # what failed may be where they are
             last = "unknown"
         return CheckpointSaveError(
             f"the checkpoint of step {step} could not be written to {self._stored}: {reason}. "

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.run import files
 from hybrid_flax.run.phases import PHASES, Phases
 
 KINDS = (*PHASES, "lost steps", "downtime")
+_MOST = 1e12  # of anything in a line that is not damaged
 _UNDONE = ("train", "input wait")  # what is lost with a step
 
 
@@ -91,6 +92,24 @@ def _undo(
     return min(after, restored), restored, {kind: kept * spent[kind] for kind in spent}
 
 
+def _is_line(found: Any) -> bool:
+    """Whether it is a line that `account` can add up."""
+    if not isinstance(found, dict) or not isinstance(spent := found.get("seconds"), dict):
+        return False
+    counts = [found.get(name) for name in ("start", "step")]
+    numbers = [*counts, found.get("time"), found.get("elapsed"), *spent.values()]
+    return (
+        all(type(count) is int for count in counts)
+        and all(isinstance(number, int | float) and abs(number) < _MOST for number in numbers)
+        and spent.keys() <= set(PHASES)
+    )
+
+
+def read_ledger(file: str) -> list[dict[str, Any]]:
+    """The lines of a ledger; what is damaged in it is left out, with a warning."""
+    return files.read_json_lines(file, _is_line)[0]
+
+
 class Ledger:
     """Appends to the ledger of a run.
 
@@ -105,7 +124,7 @@ class Ledger:
         self._file = file
         self._phases = phases
         self._wall_clock = wall_clock
-        self._lines = read_metrics(file) if file else []
+        self._lines = read_ledger(file) if file else []
         self._start = 1 + (self._lines[-1]["start"] if self._lines else 0)
         self._written = dict.fromkeys(PHASES, 0.0)
         self._begun = False
@@ -139,9 +158,7 @@ class Ledger:
         self._written = until_now
         self._lines.append(line)
         if self._file:
-            with open(self._file, "a") as stream:
-                # Whatever a kill left of a line before ends here.
-                stream.write("\n" * (stream.tell() > 0) + json.dumps(line))
+            files.append(self._file, json.dumps(line).encode() + b"\n", on_new_line=True)
 
     def account(self) -> Account:
         """Accounts for the whole run up to the last line."""

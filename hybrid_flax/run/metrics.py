@@ -1,61 +1,63 @@
 """Recording and drawing what a run measures."""
 
-import contextlib
+import io
 import json
-import os
+import logging
 from typing import Any
 
 import jax
+
+from hybrid_flax.run import files
+from hybrid_flax.run.tensorboard import TensorBoard
 
 Line = dict[str, Any]  # "step" and numbers
 Numbers = dict[str, Any]  # metrics of a step, fetched from the devices
 
 
 def read_metrics(file: str) -> list[Line]:
-    """The records of a `metrics.jsonl` or another file of JSON lines.
+    """The records of a `metrics.jsonl`; what is damaged in it is left out, with a warning."""
+    return files.read_json_lines(file, _is_record)[0]
 
-    A line that a kill cut short is left out.
-    """
-    if not os.path.exists(file):
-        return []
-    records = []
-    with open(file) as stream:
-        for line in stream:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
+
+def _is_record(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and all(isinstance(x, int | float) for x in found.values())
+        and type(found.get("step")) is int
+    )
 
 
 class MetricWriter:
-    """Appends records to JSON lines and TensorBoard.
+    """Appends records to JSON lines and TensorBoard, both at once.
 
     What the file has of steps after `start_step`, from a run that was killed later than it saved,
-    is dropped: those steps come again.
+    is dropped: those steps come again. A file that is damaged is kept beside it, as `….damaged`.
+
+    Raises:
+      OSError, here and when a record cannot be written.
     """
 
     def __init__(self, workdir: str, file: str, start_step: int):
-        from tensorboardX import SummaryWriter
-
-        self.records = [record for record in read_metrics(file) if record["step"] <= start_step]
-        with open(f"{file}.tmp", "w") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in self.records)
-        os.replace(f"{file}.tmp", file)
-        self._lines = open(file, "a")
-        self._tensorboard = SummaryWriter(workdir, purge_step=start_step + 1)
+        self._file = file
+        found, damaged = files.read_json_lines(file, _is_record)
+        self.records = [record for record in found if record["step"] <= start_step]
+        if damaged is not None:
+            files.replace(f"{file}.damaged", damaged)
+        if damaged is not None or len(self.records) < len(found):
+            files.replace(file, b"".join(map(_as_line, self.records)))
+        self._tensorboard = TensorBoard(workdir, start_step)
 
     def write(self, step: int, **numbers: float) -> Line:
         """Records numbers of a step; names are grouped by a slash: `train/loss`."""
         record = {"step": step} | numbers
+        files.append(self._file, _as_line(record), on_new_line=True)
+        self._tensorboard.write(step, numbers)
         self.records.append(record)
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        for name, number in numbers.items():
-            self._tensorboard.add_scalar(name, number, step)
         return record
 
-    def close(self) -> None:
-        self._lines.close()
-        self._tensorboard.close()
+
+def _as_line(record: Line) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 class PendingMetrics:
@@ -82,7 +84,19 @@ class PendingMetrics:
 
 
 def draw_curves(records: list[Line], file: str, title: str) -> None:
-    """Draws loss and accuracy over the steps into a PNG."""
+    """Draws loss and accuracy over the steps into a PNG; raises OSError if it cannot be written.
+
+    A picture that cannot be drawn is a warning.
+    """
+    try:
+        picture = _picture(records, title)
+    except Exception as error:  # no home to keep fonts in, or a record that is not what it seems
+        logging.warning("cannot draw %s: %s: %s", file, type(error).__name__, error)
+    else:
+        files.replace(file, picture)
+
+
+def _picture(records: list[Line], title: str) -> bytes:
     import matplotlib
 
     matplotlib.use("agg")
@@ -105,7 +119,8 @@ def draw_curves(records: list[Line], file: str, title: str) -> None:
         axes.grid(alpha=0.3)
     left.set_ylabel("loss")
     right.set_ylabel("top-1 accuracy (%)")
-    figure.suptitle(title)
-    figure.savefig(f"{file}.tmp", format="png", dpi=110)
+    figure.suptitle(title, parse_math=False)  # it names a folder
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     pyplot.close(figure)
-    os.replace(f"{file}.tmp", file)
+    return drawn.getvalue()

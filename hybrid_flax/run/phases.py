@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-PHASES = ("start", "restore", "compile", "train", "input wait", "save", "evaluate")
+PHASES = ("start", "build", "restore", "compile", "train", "input wait", "save", "evaluate")
 
 
 class Phases:
@@ -49,6 +49,15 @@ class Phases:
         """Says that the phase goes on, for the watchdog."""
         self._known.add(self._sign[0])
         self._sign = self._sign[0], self._clock()
+
+    def goes_on(self) -> None:
+        """The same from somebody who does not know the phase: what comes next may be its first."""
+        self._sign = self._sign[0], self._clock()
+
+    def forgive(self, seconds: float) -> None:
+        """Does not count seconds of silence in which the whole process stood still."""
+        kind, at = self._sign
+        self._sign = kind, at + seconds
 
     def silence(self) -> tuple[str, float, bool]:
         """(phase, seconds since its last sign of progress, whether that would be its first)."""

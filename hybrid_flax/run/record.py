@@ -1,16 +1,18 @@
-"""What a run leaves and says: the first process keeps a `Record`, the others a `SilentRecord`."""
+"""What a run leaves and says: kept by the first process, the others have a `SilentRecord`."""
 
 import contextlib
+import errno
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from clu.parameter_overview import get_parameter_overview
 
+from hybrid_flax.errors import TrainingError, close, closed_after
+from hybrid_flax.run import files
 from hybrid_flax.run.checkpoint_files import Restored
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.goodput import Ledger
@@ -19,12 +21,13 @@ from hybrid_flax.run.phases import Phases
 from hybrid_flax.run.profiling import Profile
 from hybrid_flax.run.progress import Progress
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps
-from hybrid_flax.run.storage.bucket import is_bucket
-from hybrid_flax.run.workdir import Workdir
+from hybrid_flax.run.workdir import Workdir, stall_file
 from hybrid_flax.settings import Settings, to_plain
+from hybrid_flax.versions import numerics
 from hybrid_flax.weights.paths import flatten, unflatten
 
 Results = dict[str, dict[str, float]]  # {"val": {"top1": …}}
+_MEASURED = {"top1", "top5", "loss", "images"}
 
 
 class Record:
@@ -66,6 +69,7 @@ class Record:
             keep_every_steps=asked.keep_every_steps,
             keep_best=asked.keep_best,
         )
+        self._step = 0  # the last one that was given to the devices, or is in a checkpoint
         self.stall_file = stall_file(workdir)
 
     def __enter__(self) -> "Record":
@@ -76,8 +80,8 @@ class Record:
             self._held = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        close(self._held.close, after=error)
 
     def introduce(self, said: str, parameters: Any, memory: str) -> None:
         """Says what is going to be trained, and writes how its arrays lie.
@@ -99,7 +103,9 @@ class Record:
     def restore(self, expected: Any) -> Restored | None:
         """The newest intact checkpoint, see `Checkpoints.restore`."""
         self._checkpoints.wait()  # one may still be on its way when a run rolls back
-        return self._checkpoints.restore(expected)
+        restored = self._checkpoints.restore(expected)
+        self._step = restored.step if restored else 0
+        return restored
 
     def clear_after(self, step: int) -> None:
         """Makes room for the checkpoints after `step`, which will be written again."""
@@ -118,6 +124,7 @@ class Record:
           state: with whole arrays, which later steps may reuse.
           fingerprint: describes the images of both splits.
         """
+        self._workdir.check_there()
         self._workdir.push()
         model = self._config.model
         meta = {
@@ -126,6 +133,7 @@ class Record:
             "image_size": model.image_size,
             "data": fingerprint,
             "config": to_plain(self._config),
+            "numerics": numerics(),
             "mishaps": list(skipped),  # as checkpoints have always called them
         }
         self._checkpoints.save(step, state, meta)
@@ -141,7 +149,6 @@ class Record:
     @contextlib.contextmanager
     def training(self, step: int, total_steps: int) -> Iterator[None]:
         """Surrounds the steps after `step`; what was recorded of them, they record again."""
-        self._total_steps = total_steps
         metrics = MetricWriter(self._workdir.path, self._workdir.metrics, start_step=step)
         self._metrics = metrics
         for record in self._evaluations():
@@ -155,7 +162,7 @@ class Record:
             total_steps=total_steps,
             seconds_at_peak=self._seconds_at_peak,
         )
-        with contextlib.closing(metrics), contextlib.closing(self._progress):
+        with closed_after(self._progress.close):
             yield
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
@@ -164,6 +171,7 @@ class Record:
 
     def stepped(self, number: int, metrics: Any) -> None:
         """Notes that a step was given to the devices."""
+        self._step = number
         self._profile.after(number, metrics)
         self._progress.stepped()
 
@@ -183,6 +191,7 @@ class Record:
         """
         if not steps:
             return
+        self._workdir.check_there()
         step, numbers = steps[-1]
         del numbers["non_finite"]
         numbers["loss"] = np.mean([metrics["loss"] for _, metrics in steps])
@@ -219,22 +228,53 @@ class Record:
 
     def is_among_best(self, step: int) -> bool:
         """Whether the step, which was evaluated, is one of the best, to be saved."""
-        (record,) = (each for each in self._evaluations() if each["step"] == step)
+        record = self._evaluation(step)
         return self._checkpoints.rate(step, _score(record))
 
     def results(self, step: int) -> Results:
         """The recorded evaluation of a step."""
-        (record,) = (each for each in self._evaluations() if each["step"] == step)
-        return unflatten({name: x for name, x in record.items() if name.startswith("val")})
+        record = self._evaluation(step)
+        found = unflatten({name: x for name, x in record.items() if name.startswith("val")})
+        return {name: result for name, result in found.items() if _MEASURED <= result.keys()}
 
     def account(self) -> str:
         """Accounts for the time of the run."""
         return str(self._ledger.account())
 
+    def _evaluation(self, step: int) -> dict[str, Any]:
+        return [each for each in self._evaluations() if each["step"] == step][-1]
+
     def _evaluations(self) -> list[dict[str, Any]]:
-        return [record for record in self._metrics.records if "val/top1" in record]
+        needed = {f"val/{name}" for name in _MEASURED}
+        return [record for record in self._metrics.records if needed <= record.keys()]
 
     # ------------------------------------------------------------------------------------- the end
+
+    def interrupted(self, error: OSError) -> str:
+        """What to say of a run that ends because a file cannot be written or read."""
+        advice = "Mend the disk or its permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "Make room on the disk"
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            advice = "If the work directory was moved or removed, put it back"
+        elif error.errno == errno.EPIPE:
+            advice = "Nobody reads what it says"
+        return (
+            f"training stopped at step {self._step}: {files.explain(error)}. Last checkpoint: "
+            f"{self._last_checkpoint()}. {advice}; the same command continues from there"
+        )
+
+    def _last_checkpoint(self) -> str:
+        """Its name, when those that are being written are there."""
+        try:
+            self._checkpoints.wait()
+        except TrainingError:
+            pass  # the one before it, then
+        try:
+            steps = self._checkpoints.steps()
+        except (OSError, TrainingError):
+            return "not known"
+        return self._checkpoints.name(steps[-1]) if steps else "none is there"
 
     def non_finite(self, error: NonFiniteStep, images: dict[int, str]) -> str:
         """Writes `non_finite.json` for the step that ends the run; says what to do about it.
@@ -242,9 +282,7 @@ class Record:
         Args:
           images: of the step's batch, {index: name}.
         """
-        self._checkpoints.wait()
-        steps = self._checkpoints.steps()
-        last = self._checkpoints.name(steps[-1]) if steps else "none was saved yet"
+        last = self._last_checkpoint()
         command = shlex.join(sys.orig_argv)
         self._workdir.write_json("non_finite.json", error.report(last, images, command))
         config = self._config
@@ -257,84 +295,6 @@ class Record:
             "start from the checkpoint with other settings: a new --workdir, --config.init_from= "
             "this one, and for example a lower --config.optimizer.learning_rate"
         )
-
-
-class SilentRecord:
-    """Stands for the `Record` in processes that write and say nothing: the same methods."""
-
-    def __init__(self, workdir: str):
-        self.stall_file = stall_file(workdir)
-
-    def __enter__(self) -> "SilentRecord":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def introduce(self, said: str, parameters: Any, memory: str) -> None:
-        pass
-
-    def write_classes(self, names: Sequence[str] | None) -> None:
-        pass
-
-    def restore(self, expected: Any) -> None:
-        return None
-
-    def clear_after(self, step: int) -> None:
-        pass
-
-    def check_space(self, state: Any) -> None:
-        pass
-
-    def save(
-        self, step: int, state: Any, skipped: SkippedSteps, fingerprint: dict[str, Any]
-    ) -> None:
-        pass
-
-    def finish(self, step: int, finished: bool) -> None:
-        pass
-
-    def training(self, step: int, total_steps: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def stepped(self, number: int, metrics: Any) -> None:
-        pass
-
-    def log(
-        self,
-        steps: Sequence[tuple[int, Numbers]],
-        waited: Sequence[float],
-        skipped: SkippedSteps,
-        unreadable: int,
-    ) -> None:
-        pass
-
-    def evaluated_steps(self) -> list[int]:
-        return []
-
-    def evaluation(self, step: int, results: Results, shown: str) -> None:
-        pass
-
-    def is_among_best(self, step: int) -> bool:
-        return False
-
-    def results(self, step: int) -> Results:
-        return {}
-
-    def account(self) -> str:
-        return ""
-
-    def non_finite(self, error: NonFiniteStep, images: dict[int, str]) -> str:
-        return str(error)
-
-
-def stall_file(workdir: str) -> str | None:
-    """The file of this process for the watchdog's last words; None on object storage."""
-    name = f"stall-{jax.process_index()}.txt"
-    return None if is_bucket(workdir) else os.path.join(workdir, name)
 
 
 def _score(record: dict[str, Any]) -> float:

@@ -1,57 +1,129 @@
 """Noticing that we are asked to stop, so that the loop can save first."""
 
+import contextlib
+import http.client
 import os
 import pathlib
 import signal
 import threading
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 # What Google Cloud tells a machine of itself, and the answers that mean that it goes on.
 # https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys
 _NOTICES = {"preempted": "FALSE", "maintenance-event": "NONE"}
 _POLL = 5.0  # seconds
+_PATIENCE = 5.0  # seconds for Python to come to a bytecode where there is nothing to be saved
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal, where there is nothing to be saved first."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(f"stopped by {number.name}")
+        self.status = 128 + number
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT; a second one stops at once.
+    """Listens for SIGTERM and SIGINT: the first raises `Stopped`, or is remembered to save first.
 
         with StopSignal() as stop:
-            while not stop.received: ...
+            ...                          # a signal raises Stopped
+            with stop.deferred():        # it sets `received`
+                while not stop.received: ...
 
-    `received` is None or the signal. Python delivers signals between bytecodes: during a compile or
-    a device computation it is set as soon as that returns. On Google Cloud the notice that this
-    machine will be taken away, half a minute or more before it is, counts as SIGTERM.
+    A second signal, whichever the two are, ends the process at once with the status of the first:
+    a thread hears it, for Python handles signals between bytecodes only, and a step may compile for
+    minutes. Where nothing is deferred, that thread waits for Python five seconds and ends it, too.
+    On Google Cloud the notice that this machine will be taken away, half a minute or more before it
+    is, counts as SIGTERM where signals are deferred.
+
+    Attributes:
+      received: None, or the first signal.
+      deferring: whether a signal is remembered.
     """
 
+    received: signal.Signals | None = None
+
     def __enter__(self) -> "StopSignal":
-        self.received: signal.Signals | None = None
-        self._left = threading.Event()
-        self._previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        if host := _metadata_host():
-            threading.Thread(target=self._watch, args=(host,), daemon=True).start()
+        self.deferring = False
+        self._count = self._handled = 0
+        self._counting = threading.Lock()
+        ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        self._listener = threading.Thread(target=self._listen, args=(ear,), daemon=True)
+        self._listener.start()
+        self._previous = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        self._woken_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         return self
 
-    def __exit__(self, *_):
-        self._left.set()
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._woken_before)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.close(self._mouth)
+        self._listener.join(1.0)
 
-    def _handle(self, number, _frame):
-        self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Around what can stop by itself: it has to look at `received`."""
+        left = threading.Event()
+        self.deferring = True
+        if host := _metadata_host():
+            threading.Thread(target=self._watch, args=(host, left), daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            self.deferring = False
 
-    def _watch(self, host: str):
+    def ask(self, number: signal.Signals) -> None:
+        """Asks to stop as that signal would, where signals are deferred."""
+        self.received = self.received or number
+        self._heard()
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self.received = self.received or signal.Signals(number)
+        self._handled += 1
+        if self._handled > 1:  # another event loop may have taken our ear
+            os._exit(128 + self.received)
+        if not self.deferring:
+            raise Stopped(self.received)
+
+    def _listen(self, ear: int) -> None:
+        while numbers := os.read(ear, 1):
+            if numbers[0] in _NUMBERS:
+                # In a step that compiles `_handle` comes much later.
+                self.received = self.received or signal.Signals(numbers[0])
+                self._heard()
+                if not self.deferring:
+                    deaf = threading.Timer(_PATIENCE, self._end_if_deaf)
+                    deaf.daemon = True
+                    deaf.start()
+        os.close(ear)
+
+    def _end_if_deaf(self) -> None:
+        if self.received and not (self._handled or self.deferring):
+            with contextlib.suppress(OSError):
+                os.write(2, f"stopped by {self.received.name}\n".encode())
+            os._exit(128 + self.received)
+
+    def _heard(self) -> None:
+        with self._counting:
+            self._count += 1
+            if self._count > 1 and self.received:
+                os._exit(128 + self.received)
+
+    def _watch(self, host: str, left: threading.Event) -> None:
         while self.received is None:
             for key, usual in _NOTICES.items():
                 notice = _metadata(host, key)
                 if notice not in (None, usual):
                     print(f"this machine is about to stop ({key}: {notice}); saving", flush=True)
-                    self.received = signal.SIGTERM
-            if self._left.wait(_POLL):
+                    self.ask(signal.SIGTERM)
+                    return
+            if left.wait(_POLL):
                 return
 
 
@@ -62,7 +134,7 @@ def _metadata_host() -> str | None:
         return os.environ["GCE_METADATA_HOST"]
     try:
         return "metadata.google.internal" if "Google" in product.read_text() else None
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -73,5 +145,5 @@ def _metadata(host: str, key: str) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=_POLL) as answer:
             return answer.read().decode().strip()
-    except (OSError, urllib.error.URLError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None

@@ -11,9 +11,11 @@ import os
 import platform
 import sys
 import threading
+import time
 
 import jax
 
+from hybrid_flax.run import files
 from hybrid_flax.run.phases import Phases
 
 STALLED = 124  # exit status, as of timeout(1)
@@ -27,38 +29,44 @@ class Watchdog:
         with Watchdog(phases, seconds=900, file="…/stall-0.txt"): ...
 
     Signs of progress are those of `phases`: every step, batch of an evaluation, save. It says which
-    phase the run is in and what every thread is doing, on stderr and at the end of `file`.
+    phase the run is in and what every thread is doing, on stderr and at the end of `file`. While
+    the whole process is stopped (SIGSTOP, Ctrl-Z), no time passes.
 
     Args:
       phases: of this process.
       seconds: without a sign; four times as many for a phase that has not shown one before, such
-        as compiling. 0: no watchdog.
-      file: where to write; None: only to stderr.
+        as compiling. 0: no watchdog. May be set at any time.
+      file: where to write; None: only to stderr. May be set at any time.
     """
 
     def __init__(self, phases: Phases, seconds: float, file: str | None = None):
+        self.seconds = seconds
+        self.file = file
         self._phases = phases
-        self._seconds = seconds
-        self._file = file
         self._left = threading.Event()
         # A daemon: it never keeps the process alive.
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_):
         self._left.set()
-        if self._seconds:
-            self._thread.join()
+        self._thread.join()
 
     def _watch(self):
-        while not self._left.wait(min(self._seconds / 10, 1.0)):
+        while True:
+            pause = min(self.seconds / 10 or 1.0, 1.0)
+            began = time.monotonic()
+            if self._left.wait(pause):
+                return
+            late = time.monotonic() - began - pause
+            if late > pause:  # this thread stood still, and so did the others
+                self._phases.forgive(late)
             phase, silent, first = self._phases.silence()
-            limit = self._seconds * (_FIRST_TIME if first else 1)
-            if silent > limit:
+            limit = self.seconds * (_FIRST_TIME if first else 1)
+            if silent > limit > 0:
                 self._end(phase, silent, limit)
 
     def _end(self, phase: str, silent: float, limit: float):
@@ -75,15 +83,18 @@ class Watchdog:
             )
             self._write(text, with_stacks=True)
             self._write(f"{_device_memory()}\n", with_stacks=False)
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
         finally:
             os._exit(STALLED)
 
     def _write(self, text: str, *, with_stacks: bool):
-        _write(2, text, with_stacks)  # stderr first: the disk may be what hangs
-        if self._file:
-            with contextlib.suppress(OSError), open(self._file, "a") as stream:
-                _write(stream.fileno(), text, with_stacks)
+        with contextlib.suppress(OSError):
+            _write(2, text, with_stacks)  # stderr first: the disk may be what hangs
+        if self.file:
+            with contextlib.suppress(OSError):
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                _write(files.open_regular(self.file, flags), text, with_stacks)
 
 
 def _write(descriptor: int, text: str, with_stacks: bool) -> None:

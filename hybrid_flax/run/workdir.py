@@ -12,18 +12,25 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import platform
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
+
+import jax
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.run import files
+from hybrid_flax.run.goodput import read_ledger
 from hybrid_flax.run.storage.bucket import is_bucket
 from hybrid_flax.run.storage.mirror import Mirror
+from hybrid_flax.run.storage.steps import open_steps
 from hybrid_flax.settings import FIELDS, Settings, from_saved, to_plain
+from hybrid_flax.text_files import read_json
 from hybrid_flax.versions import versions
 
 
@@ -35,11 +42,12 @@ class Workdir:
         run writes to a temporary folder, which `push` copies; see `storage/`.
       config: the resolved settings.
 
-    Raises (on entering, with nothing changed):
+    Raises (on entering, with nothing changed; for a name that is none, before):
       InputError: the folder cannot be written, is in use, or holds a run with another config.
     """
 
     def __init__(self, path: str, config: Settings):
+        _check_text(path)
         self._mirror = Mirror(path) if is_bucket(path) else None
         self.name = path.rstrip("/") if self._mirror else os.path.abspath(path)
         self.path = self._mirror.folder if self._mirror else self.name
@@ -54,14 +62,28 @@ class Workdir:
             if self._mirror:
                 stack.enter_context(self._mirror)
             self._check_writable()
-            self._lock(stack.enter_context(open(os.path.join(self.path, ".lock"), "a+")))
-            self._check_same_run()
-            self._write_versions()
+            try:
+                self._lock(stack)
+                self._check_same_run()
+                self._write_versions()
+                # Held open, so that no other folder can have its number.
+                self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, self._folder)
+            except OSError as error:
+                raise InputError(
+                    f"cannot use the work directory {self.name}: {files.explain(error)}. Mend it, "
+                    "or choose another --workdir"
+                ) from error
             self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_):
         self._held.close()
+
+    def check_there(self) -> None:
+        """Raises OSError if the folder was moved or removed: a new one would be half a run."""
+        if not os.path.samestat(os.stat(self.path), os.fstat(self._folder)):
+            raise FileNotFoundError(errno.ENOENT, "it is another folder now", self.path)
 
     def push(self) -> None:
         """Copies what has changed to object storage, if the run is there.
@@ -84,7 +106,7 @@ class Workdir:
         try:
             os.makedirs(self.path, exist_ok=True)
             self.write_text(name, text)
-            with open(probe) as stream:
+            with open(probe, encoding="utf-8") as stream:
                 found = stream.read()
             os.remove(probe)
         except OSError as error:
@@ -98,32 +120,38 @@ class Workdir:
                 f"({len(text)} characters, {len(found)} read). Choose another --workdir"
             )
 
-    def _lock(self, file: TextIO):
-        """Held until the file is closed, or this process ends in any way."""
+    def _lock(self, stack: contextlib.ExitStack):
+        """Held until the stack is closed, or this process ends in any way."""
+        descriptor = files.open_regular(os.path.join(self.path, ".lock"), os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, descriptor)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            whose = os.read(descriptor, 200).decode(errors="replace").strip()
             raise InputError(
-                f"another process ({file.read().strip()}) is training in {self.path}; wait for "
-                "it, or choose another --workdir"
+                f"another process ({whose}) is training in {self.path}; wait for it, or choose "
+                "another --workdir"
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        except OSError as error:  # some network file systems have none
+            logging.warning(
+                "%s: this file system has no locks (%s). See to it yourself that no other process "
+                "trains here",
+                self.path,
+                error.strerror,
+            )
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
 
     def _check_same_run(self):
         file = os.path.join(self.path, "config.json")
         mine = to_plain(self._config)
         if not self._has_checkpoints():
             pass  # whatever was begun here left nothing that could be continued
-        elif os.path.exists(file):
-            with open(file) as stream:
-                theirs = json.load(stream)
+        elif os.path.lexists(file):
             free = [field.name for field in FIELDS.values() if field.free]
             lines = [
                 f"  {name}: the run has {then!r}, you gave {now!r}"
-                for name, then, now in differences(from_saved(theirs), mine, free)
+                for name, then, now in differences(self._saved_config(file), mine, free)
             ]
             if lines:
                 raise InputError(
@@ -135,7 +163,33 @@ class Workdir:
                 f"{self.name} holds checkpoints but no training run (a converted model?). Choose "
                 f"another --workdir; to start from its weights: --config.init_from={self.name}"
             )
+        self._check_not_finished()
         self.write_json("config.json", mine)
+
+    def _saved_config(self, file: str) -> dict[str, Any]:
+        try:
+            saved = read_json(file)
+            if not isinstance(saved, dict):
+                raise InputError(f"it holds a {type(saved).__name__}, not settings by name")
+            return from_saved(saved)
+        except (InputError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{self.name}/config.json is damaged: {error}. It says which run this is: restore "
+                "it from a copy, or choose another --workdir; to start from the weights of this "
+                f"run: --config.init_from={self.name}"
+            ) from error
+
+    def _check_not_finished(self):
+        """A finished run whose checkpoints are gone would train, and be recorded, anew."""
+        if self._has_checkpoints() and open_steps(self.checkpoints).steps():
+            return
+        lines = read_ledger(self.ledger)
+        if lines and lines[-1].get("finished") is True:
+            raise InputError(
+                f"{self.name} holds the records of a run that was finished at step "
+                f"{lines[-1]['step']}, but none of its checkpoints: training would write over "
+                "them. Choose another --workdir, or move metrics.jsonl and ledger.jsonl away"
+            )
 
     def _has_checkpoints(self) -> bool:
         return self._mirror.has_checkpoints if self._mirror else os.path.isdir(self.checkpoints)
@@ -143,9 +197,19 @@ class Workdir:
     def _write_versions(self):
         file = os.path.join(self.path, "versions.json")
         mine = versions()
-        if os.path.exists(file):
-            with open(file) as stream:
-                before = json.load(stream)
+        if os.path.lexists(file):
+            try:
+                before = read_json(file)
+                if not isinstance(before, dict):
+                    raise InputError(f"it holds a {type(before).__name__}, not versions by name")
+            except InputError as error:
+                logging.warning(
+                    "%s/versions.json is damaged: %s. What the last start of this run used is not "
+                    "known; it is written anew",
+                    self.name,
+                    error,
+                )
+                before = mine
             changed = [
                 f"{name} {before.get(name)} → {version}"
                 for name, version in mine.items()
@@ -160,17 +224,32 @@ class Workdir:
         self.write_json("versions.json", mine)
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file that is either the old or the new one, whenever we are killed."""
-        file = os.path.join(self.path, name)
-        with open(f"{file}.tmp", "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(f"{file}.tmp", file)
+        """Writes a file that is either the old or the new one, whenever we are killed.
+
+        Raises OSError, also for what is no file of its own: nothing goes through links.
+        """
+        files.replace(os.path.join(self.path, name), text.encode(errors="backslashreplace"))
 
     def write_json(self, name: str, content: Any) -> None:
         """The same, with anything JSON can hold."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+
+def _check_text(path: str) -> None:
+    """Checkpoints are written by libraries that know file names as UTF-8 only."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--workdir={path!a}: its name cannot be written as UTF-8. Choose another; if it "
+            "looks right in this terminal, set PYTHONUTF8=1"
+        ) from error
+
+
+def stall_file(workdir: str) -> str | None:
+    """The file of this process for the watchdog's last words; None on object storage."""
+    name = f"stall-{jax.process_index()}.txt"
+    return None if is_bucket(workdir) else os.path.join(workdir, name)
 
 
 def differences(

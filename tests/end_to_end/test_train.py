@@ -14,7 +14,7 @@ from hybrid_flax.data import feed
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.sources.part import part_of
 from hybrid_flax.run.checkpoints import Checkpoints
-from hybrid_flax.run.goodput import account
+from hybrid_flax.run.goodput import account, read_ledger
 from hybrid_flax.run.metrics import read_metrics
 from hybrid_flax.settings import from_config
 from hybrid_flax.train import train
@@ -159,7 +159,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, subprocess_cache
     assert learning(killed)[-1] == learning(whole)[-1]
     seen, want = order(tmp_path / "killed.txt"), order(tmp_path / "whole.txt")
     assert {step: seen[step] for step in want} == want
-    lines = read_metrics(killed / "ledger.jsonl")
+    lines = read_ledger(killed / "ledger.jsonl")
     found = account(lines)
     life = lines[-1]["time"] - lines[0]["time"] + lines[0]["elapsed"]
     assert found.starts == 4

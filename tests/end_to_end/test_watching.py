@@ -10,7 +10,7 @@ import pytest
 
 from hybrid_flax.costs import chips
 from hybrid_flax.run.checkpoints import Checkpoints
-from hybrid_flax.run.goodput import account
+from hybrid_flax.run.goodput import account, read_ledger
 from hybrid_flax.run.metrics import read_metrics
 from tests import toy
 
@@ -52,7 +52,7 @@ def test_speed_goes_to_the_log_and_the_records(run):
 
 def test_the_time_of_a_run_is_accounted_for(run):
     folder, said = run
-    lines = read_metrics(folder / "ledger.jsonl")
+    lines = read_ledger(folder / "ledger.jsonl")
     found = account(lines)
     assert found.wall == pytest.approx(lines[-1]["elapsed"], abs=0.01)
     assert {kind for kind, seconds in found.seconds.items() if not seconds} <= {
@@ -90,9 +90,8 @@ def test_a_run_needs_room_for_a_checkpoint(tmp_path, monkeypatch):
 
 STALLING = """
 import sys, time
-from hybrid_flax import train
 from hybrid_flax.data import feed
-from hybrid_flax.run import record
+from hybrid_flax.run import record, supervision
 from hybrid_flax.run.phases import Phases
 from tests import toy
 
@@ -110,7 +109,7 @@ def batches(*args, **kwargs):
     hang()
 
 phase, workdir = sys.argv[1:]
-train.Phases = lambda: Phases(lambda: time.monotonic() + 3600 * hours)
+supervision.Phases = lambda: Phases(lambda: time.monotonic() + 3600 * hours)
 if phase == "input wait":
     original, feed.train_batches = feed.train_batches, batches
 if phase == "save":

@@ -138,9 +138,9 @@ def test_scripts_parse(script):
 # ------------------------------------------------------------------------------------- TPU VMs
 
 
-def tpu_vm(fake, repo, *lives, **settings):
+def tpu_vm(fake, repo, *lives, workdir="run", **settings):
     settings = {"NAME": "slice", "ZONE": "zone", "TYPE": "v5litepod-8", **settings}
-    arguments = f"--workdir={fake}/run", "--config=configs/a b.py:x,'y'"
+    arguments = f"--workdir={fake}/{workdir}", "--config=configs/a b.py:x,'y'"
     status, said = run(fake, repo / "launch/tpu_vm.sh", *arguments, lives=lives, **settings)
     calls = (fake / "gcloud.calls").read_text()
     return status, said, calls.count("queued-resources create"), said.count("starting, newest")
@@ -179,6 +179,18 @@ def test_what_means_start_again_starts_again_on_the_same_slice(fake, repo, again
     assert (status, created, started) == (0, 1, 2), said
     assert f"exit statuses: {again} {again}" in said
     assert "newest checkpoint: 5" in said
+
+
+def test_a_name_is_a_name_and_no_command(fake, repo):
+    workdir = "it's; touch done #"
+    (fake / workdir).symlink_to(fake / "run")
+    status, said, *_ = tpu_vm(
+        fake, repo, "143 5", "0 10", workdir=workdir, NFS="host:/a'; touch done #"
+    )
+    assert status == 0, said
+    assert "newest checkpoint: 5" in said
+    assert not list(fake.rglob("done"))
+    assert "host:/a'; touch done #\n" in (fake / "sudo.arguments").read_text()
 
 
 def test_a_preempted_slice_is_asked_for_again(fake, repo):

@@ -284,6 +284,59 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(saved):
     assert sorted(path.name for path in saved.directory.iterdir()) == ["10", "20", "30"]
 
 
+def test_what_a_run_did_not_make_is_left_alone(saved):
+    folder = saved.directory
+    shutil.copytree(folder / "10", folder / "10-good")
+    (folder / "2024").mkdir()
+    (folder / "2024" / "plan.txt").write_text("mine")
+    (folder / "README").write_text("mine")
+    (folder / "40").write_text("mine")
+    for name in ("notes", "007", "٣", "30.good", "my.orbax-checkpoint-tmp", "x.deleted"):
+        (folder / name).mkdir()
+    before = {path.name for path in folder.iterdir()}
+    (folder / "50.orbax-checkpoint-tmp-1234").mkdir()
+    (folder / "7.deleted").mkdir()
+    assert saved.steps() == [10, 20, 30]
+    assert saved.restore()[0] == 30
+    saved.clear_after(30)
+    assert {path.name for path in folder.iterdir()} == before
+    saved.save(45, small(), {})
+    saved.wait()
+    assert {path.name for path in folder.iterdir()} == before - {"10"} | {"45"}
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_damaged(saved, monkeypatch, caplog):
+    read = checkpoint_files.read_step
+
+    def deleted(folder, step, *rest):
+        if step == 30:  # as the run does it that goes on
+            folder.rename(folder.with_name("30.deleted"))
+        return read(folder, step, *rest)
+
+    monkeypatch.setattr("hybrid_flax.run.checkpoints.read_step", deleted)
+    assert saved.restore()[0] == 20
+    assert "damaged" not in caplog.text
+
+
+def test_what_may_not_be_read_is_not_damaged(saved, monkeypatch):
+    access = os.access
+    theirs = str(saved.directory / "30" / "manifest" / "data.json")
+    monkeypatch.setattr(os, "access", lambda path, how: path != theirs and access(path, how))
+    with pytest.raises(InputError, match=f"{theirs} may not be read. That says nothing about"):
+        saved.restore()
+    assert saved.steps() == [10, 20, 30]
+
+
+def test_damaged_ones_do_not_replace_each_other(saved):
+    for content in ("first", "second"):
+        (saved.directory / "40" / "state").mkdir(parents=True)
+        (saved.directory / "40" / "content").write_text(content)
+        saved.clear_after(30)
+    damaged = saved.directory.parent / "damaged"
+    assert (damaged / "40" / "content").read_text() == "first"
+    assert (damaged / "40-2" / "content").read_text() == "second"
+
+
 def test_damaged_steps_make_room_for_new_ones(saved, caplog):
     (saved.directory / "30" / "manifest" / "data.json").unlink()
     step, *_ = saved.restore()

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from hybrid_flax.run.goodput import KINDS, Ledger, account
-from hybrid_flax.run.metrics import read_metrics
+from hybrid_flax.run.goodput import KINDS, Ledger, account, read_ledger
 from hybrid_flax.run.phases import Phases
 
 
@@ -89,6 +88,7 @@ def test_a_ledger_with_a_known_answer(tmp_path):
     found = ledger.account()
     assert found.seconds == {
         "start": 4,
+        "build": 0,
         "restore": 2,
         "compile": 10,
         "train": 12 * 3,  # each step once
@@ -105,7 +105,7 @@ def test_a_ledger_with_a_known_answer(tmp_path):
         "train 18.1 %, input wait 6.0 %, save 3.5 %, evaluate 4.0 %, lost steps 8.0 %, "
         "downtime 52.3 %"
     )
-    assert account(read_metrics(file)) == found
+    assert account(read_ledger(file)) == found
 
 
 def test_steps_can_be_lost_more_than_once(tmp_path):
@@ -142,7 +142,7 @@ def test_looking_at_a_finished_run_later_is_no_downtime(tmp_path):
     phases = Phases(clock)
     ledger = Ledger(file, phases, clock.wall)
     ledger.write(5, finished=True)  # without having begun
-    assert len(read_metrics(file)) == 2
+    assert len(read_ledger(file)) == 2
     _, ledger = start(clock, file, 5)  # its last checkpoint was damaged, say
     assert ledger.account().seconds["downtime"] == 0
 
@@ -227,3 +227,24 @@ def test_the_ledger_of_a_killed_process_sums_to_the_wall_time(tmp_path):
     assert found.seconds["lost steps"] == pytest.approx(
         sum(sum(line["seconds"].values()) for line in lines if line["step"]), abs=0.01
     )
+
+
+def test_a_damaged_ledger_is_summed_up_as_far_as_it_can_be_read(tmp_path, caplog):
+    file, clock = tmp_path / "ledger.jsonl", Clock()
+    phases, ledger = start(clock, str(file), 0)
+    steps(clock, phases, 2)
+    ledger.write(2)
+    first, *_ = file.read_bytes().splitlines(keepends=True)
+    for damaged in (
+        b"\xff\xfe\n",
+        b"[]\n",
+        b'{"step": 1}\n',
+        first.replace(b'"time": 1', b'"time": "1'),
+        first.replace(b"start", b"stort"),
+        b'{"step": ' + b"1" * 5000 + b"}\n",
+        b"[" * 100_000 + b"\n",
+    ):
+        caplog.clear()
+        file.write_bytes(damaged + first)
+        assert account(read_ledger(file)).wall == 3
+        assert f"{file}: 1 of its lines are damaged and left out: 1" in caplog.text

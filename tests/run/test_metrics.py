@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -14,7 +16,6 @@ def test_records_are_lines_of_json_and_tensorboard_events(tmp_path):
     writer = MetricWriter(str(tmp_path), str(file), start_step=0)
     writer.write(1, **{"train/loss": 2.5})
     writer.write(2, **{"train/loss": 2.0, "val/top1": 50.0})
-    writer.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [
         {"step": 1, "train/loss": 2.5},
@@ -30,14 +31,18 @@ def test_records_are_lines_of_json_and_tensorboard_events(tmp_path):
 
 
 def _scalars(file):
-    """(step, name, value) of an event file: records of length, checksum, content, checksum."""
-    data, scalars = file.read_bytes(), []
+    """(step, name, value) of an event file."""
+    return [(e.step, v.tag, v.simple_value) for e in _events(file) for v in e.summary.value]
+
+
+def _events(file):
+    """Records of length, checksum, content, checksum."""
+    data, events = file.read_bytes(), []
     while data:
         length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    return scalars
+    return events
 
 
 def test_a_resumed_run_drops_what_it_will_record_again(tmp_path):
@@ -46,12 +51,55 @@ def test_a_resumed_run_drops_what_it_will_record_again(tmp_path):
     writer = MetricWriter(str(tmp_path), str(file), start_step=10)
     assert [record["step"] for record in writer.records] == [5, 10]
     writer.write(15, a=4.0)
-    writer.close()
     assert read_metrics(file) == [
         {"step": 5, "a": 1},
         {"step": 10, "a": 2},
         {"step": 15, "a": 4.0},
     ]
+
+
+def test_tensorboard_drops_what_comes_again(tmp_path):
+    file = str(tmp_path / "metrics.jsonl")
+    MetricWriter(str(tmp_path), file, start_step=7)
+    assert not list(tmp_path.glob("events*"))  # a finished run that is looked at
+    MetricWriter(str(tmp_path), file, start_step=7).write(8, a=1.0)
+    (events,) = tmp_path.glob("events.out.tfevents*")
+    version, begin, written = _events(events)
+    assert version.file_version == "brain.Event:2"
+    assert (begin.step, begin.session_log.status) == (8, begin.session_log.START)
+    assert written.step == 8
+
+
+def test_a_damaged_file_is_kept_and_what_can_be_read_is_used(tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    damaged = b'{"step": 1, "a": 1}\n{"step": 2\n[]\n\xff\n{"a": 1}\n{"step": 3, "a": "x"}\n'
+    file.write_bytes(damaged + b'{"step": 9, "a": 2}\n{"st')
+    writer = MetricWriter(str(tmp_path), str(file), start_step=10)
+    assert writer.records == [{"step": 1, "a": 1}, {"step": 9, "a": 2}]
+    assert f"{file}: 5 of its lines are damaged and left out: 2, 3, 4, …" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(damaged)
+    caplog.clear()
+    assert read_metrics(file) == writer.records
+    assert not caplog.records
+
+
+def test_a_line_that_does_not_fit_leaves_no_half_of_it(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    writer = MetricWriter(str(tmp_path), str(file), start_step=0)
+    writer.write(1, a=1.0)
+    write = os.write
+
+    def full(descriptor, data):
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:10])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            writer.write(2, a=2.0)
+    assert error.value.filename == str(file)
+    assert file.read_text() == '{"step": 1, "a": 1.0}\n'
 
 
 def test_there_may_be_no_metrics_yet(tmp_path):

@@ -1,6 +1,7 @@
 import inspect
 
-from hybrid_flax.run.record import Record, SilentRecord
+from hybrid_flax.run.record import Record
+from hybrid_flax.run.silent_record import SilentRecord
 
 
 def test_the_silent_record_has_the_methods_of_the_other():

@@ -1,7 +1,9 @@
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 from hybrid_flax.run.phases import Phases
 from hybrid_flax.run.watchdog import Watchdog
@@ -60,14 +62,47 @@ def test_a_file_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path):
     assert "in phase 'train'" in said
 
 
+STOPPED = """
+import time
+from hybrid_flax.run.watchdog import Watchdog
+from hybrid_flax.run.phases import Phases
+phases = Phases()
+with Watchdog(phases, seconds=1):
+    phases.alive()
+    print("begun", flush=True)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        phases.alive()
+"""
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_stalled():
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 0
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "stall-0.txt").symlink_to(tmp_path / "mine.txt")
+    process, said = stall("train", tmp_path / "stall-0.txt")
+    assert process.returncode == 124
+    assert "in phase 'train'" in said
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_the_watchdog_leaves_with_the_run():
     before = threading.active_count()
     phases = Phases()
     with Watchdog(phases, seconds=30):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
-    with Watchdog(phases, seconds=0):
-        assert threading.active_count() == before
 
 
 def test_silence_grows_until_a_sign():

@@ -1,4 +1,4 @@
-"""A folder on object storage: gs://…, s3://… and whatever else fsspec has a driver for."""
+"""A folder on object storage: gs://…, s3://… or abfs://…, by fsspec's drivers."""
 
 import atexit
 import contextlib
@@ -17,9 +17,12 @@ from hybrid_flax.errors import InputError
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # stack traces of what it also raises
 
 
+SCHEMES = ("gs", "gcs", "s3", "abfs", "abfss", "az")
+
+
 def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether it is the URL of a folder on object storage, or looks like one with a slash lost."""
-    return re.match(r"\w\w+:/", os.fspath(path)) is not None
+    """Whether it is the URL of a folder on object storage, or looks like a URL of any kind."""
+    return re.match(r"[A-Za-z][\w+.-]+:[/:]", os.fspath(path)) is not None
 
 
 class Bucket:
@@ -31,26 +34,22 @@ class Bucket:
       url: such as gs://bucket/runs/gcvit_b.
 
     Raises:
-      InputError: the URL has no bucket, there is no driver for it, or it is not installed.
+      InputError: it is no URL of a bucket, or its driver is not installed.
     """
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        if not re.match(r"\w+://[^/]", url):
+        # fsspec would also write over HTTP or SSH, into archives, caches and this process's memory.
+        if not re.match(rf"({'|'.join(SCHEMES)})://[^/:]", url):
             raise InputError(
-                f"{url}: expected a folder in a bucket, such as gs://bucket/runs/gcvit_b, or a "
-                "local one without a scheme"
+                f"{url}: expected a folder in a bucket, such as gs://bucket/runs/gcvit_b, s3://… "
+                "or abfs://…, or a local one without a scheme"
             )
         try:
             # What another machine wrote must be seen at once.
             self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:  # says what to install
             raise InputError(f"{url}: {error}") from error
-        except ValueError as error:
-            raise InputError(
-                f"{url}: expected a local folder, or one that fsspec knows, such as gs://… or "
-                f"s3://… ({error})"
-            ) from error
 
     def names(self, folder: str = "") -> list[str]:
         """Lists all objects in a folder and the folders in it, relative to it."""
@@ -88,6 +87,8 @@ class Bucket:
         """Objects of a folder here into a local one."""
         names = list(names)
         for name in names:
+            if ".." in name.split("/"):
+                raise OSError(f"{self.url} has an object whose name leads out of it: {name}")
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         with _as_os_error():
             self._files.get(

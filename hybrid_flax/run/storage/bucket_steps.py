@@ -1,6 +1,7 @@
 """The steps of a run's checkpoints on object storage."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ from etils import epath
 
 from hybrid_flax.errors import TrainingError
 from hybrid_flax.run.storage.bucket import Bucket, files_in, scratch
+from hybrid_flax.run.storage.parts import PARTS, step_of
 
 COMPLETE = "hybrid_flax_complete"
 
@@ -74,21 +76,32 @@ class BucketSteps:
         run = Bucket(os.path.dirname(self._bucket.url))
         here = os.path.basename(self._bucket.url)
         with self._outages():
+            taken = {name.split("/")[0] for name in run.names("damaged")}
+            targets = itertools.chain([str(step)], (f"{step}-{i}" for i in itertools.count(2)))
+            target = next(f"damaged/{name}" for name in targets if name not in taken)
             for name in self._bucket.names(str(step)):
-                run.copy(f"{here}/{step}/{name}", f"damaged/{step}/{name}")
+                run.copy(f"{here}/{step}/{name}", f"{target}/{name}")
             self._remove(step)
-        return f"{run.url}/damaged/{step}"
+        return f"{run.url}/{target}"
 
     def delete_unfinished(self) -> None:
+        """Of numbered folders with parts of a checkpoint; all else is somebody's."""
         with self._outages():
             names = self._bucket.names()
-            finished = {str(step) for step in self._finished(names)}
-            self._bucket.delete(name for name in names if name.split("/")[0] not in finished)
+            parts = [name.split("/") for name in names]
+            ours = {part[0] for part in parts if part[1:2] and part[1] in (*PARTS, COMPLETE)}
+            unfinished = ours - {str(step) for step in self._finished(names)}
+            self._bucket.delete(
+                name
+                for name, part in zip(names, parts, strict=True)
+                if part[0] in unfinished and step_of(part[0]) is not None
+            )
 
     @staticmethod
     def _finished(names: list[str]) -> list[int]:
         parts = [name.split("/") for name in names]
-        return [int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE]]
+        steps = [step_of(part[0]) for part in parts if part[1:] == [COMPLETE]]
+        return [step for step in steps if step is not None]
 
     @contextlib.contextmanager
     def _outages(self) -> Iterator[None]:
