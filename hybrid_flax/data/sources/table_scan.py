@@ -52,9 +52,9 @@ def image_bytes(value) -> bytes | None:
 
 def scan(path: str, image: str, label: str) -> dict:
     """What `tables.py` has to know of a file; `image` and `label` are names of columns, or ""."""
-    size = os.path.getsize(path)
     parquet = path.lower().endswith(".parquet")
     try:
+        size = os.path.getsize(path)
         found = (_parquet if parquet else _arrow)(path, size, image, label)
     except Unfit as error:
         return {"error": f"{path}: {error}"}

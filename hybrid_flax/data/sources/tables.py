@@ -199,9 +199,9 @@ class _Table(NamedTuple):
 
 
 def _scan(files: list[str], image: str, label: str) -> list[_Table]:
-    progress = tqdm.tqdm(files, desc="looking through", file=sys.stderr, leave=False)
-    with contextlib.closing(_look_through(files, image, label)) as found:
-        return [_table(file, next(found)) for file in progress]
+    bar = tqdm.tqdm(files, desc="looking through", file=sys.stderr, leave=False)
+    with bar, contextlib.closing(_look_through(files, image, label)) as found:
+        return [_table(file, next(found)) for file in bar]
 
 
 def _look_through(

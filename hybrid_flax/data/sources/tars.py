@@ -190,14 +190,15 @@ def _make_index(shards: list[str], split: str, parts: Parts, skip: bool) -> Tabl
     rows: list[tuple[int, int, int, int]] = []
     names: list[bytes] = []
     left_out = collections.Counter[str]()
-    for number, shard in enumerate(
-        tqdm.tqdm(shards, desc=f"indexing {split} shards", unit="", file=sys.stderr, leave=False)
-    ):
-        scan = Scan(shard, parts, skip)
-        for member, label in scan.samples():
-            rows.append((number, member.offset, member.size, label))
-            names.append(member.name.encode("utf-8", "replace"))
-        left_out += scan.left_out
+    with tqdm.tqdm(
+        shards, desc=f"indexing {split} shards", unit="", file=sys.stderr, leave=False
+    ) as bar:
+        for number, shard in enumerate(bar):
+            scan = Scan(shard, parts, skip)
+            for member, label in scan.samples():
+                rows.append((number, member.offset, member.size, label))
+                names.append(member.name.encode("utf-8", "replace"))
+            left_out += scan.left_out
     if not rows:
         seen = ", ".join(f"{count} {what}" for what, count in left_out.items())
         raise InputError(

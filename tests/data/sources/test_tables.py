@@ -125,7 +125,7 @@ def test_a_file_at_which_pyarrow_dies_is_named(tmp_path, monkeypatch, of_process
     program = tmp_path / "table_scan.py"
     text = pathlib.Path(table_scan.__file__).read_text()
     program.write_text(
-        text.replace("    size =", "    if '1.arrow' in path: os.abort()\n    size =", 1)
+        text.replace("    parquet =", "    if '1.arrow' in path: os.abort()\n    parquet =")
     )
     monkeypatch.setattr("hybrid_flax.data.sources.tables.__file__", str(tmp_path / "tables.py"))
     with pytest.raises(ValueError, match=r"cannot read .*train-1.arrow: pyarrow ended .*Abort"):
