@@ -1,5 +1,6 @@
 """Label maps: what the files must be, and that they go where their images go."""
 
+import io
 import os
 import pickle
 import re
@@ -155,6 +156,30 @@ def test_what_is_no_file_or_too_large_is_named_and_not_read(maps, tmp_path):
         archive.writestr("data", bytes(70_000_000))
     with pytest.raises(InputError, match=r"bomb\.pt takes more than"):
         maps.read("cat/bomb.jpg")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_damaged_files_are_used_or_refused_by_name(maps, count):
+    rng, files, used = np.random.default_rng(count), [], 0
+    for zipped in (True, False):
+        stream = io.BytesIO()
+        torch.save(torch.zeros(2, 5, 4, 4), stream, _use_new_zipfile_serialization=zipped)
+        files.append(stream.getvalue())
+    for _ in range(count):
+        data = bytearray(files[rng.integers(2)])
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        if rng.random() < 0.1:
+            data = data[: rng.integers(len(data))]
+        with open(f"{maps.root}/cat/2.pt", "wb") as stream:
+            stream.write(data)
+        try:
+            used += maps.read("cat/2.jpg").shape == maps.shape
+        except InputError as error:
+            assert "2.pt" in str(error)  # noqa: PT017
+    print(f"label maps: {count} tried, {used} used, {count - used} refused")
+    assert 0 < used < count
 
 
 @pytest.mark.parametrize("image", ["train/../x.jpg", "a.tar:../x.jpg", "./x.jpg", "a/x\0.jpg"])
