@@ -119,13 +119,14 @@ def load(path: str) -> tuple[Any, list[str]]:
       path: of a file in the zip format or the one before PyTorch 1.6.
 
     Raises:
-      InputError: damaged, or it names code.
+      InputError: damaged, it names code, or PyTorch is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs PyTorch (its CPU build is enough); safetensors files do not"
+        raise InputError(
+            f"reading {path} needs PyTorch (its CPU build is enough), which cannot be imported "
+            f"here ({error}); safetensors files do not need it"
         ) from error
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # as PyTorch decides it

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import warnings
 
 import ml_dtypes
@@ -214,4 +215,11 @@ def test_programs_and_objects_are_named(tmp_path):
         warnings.simplefilter("ignore")  # TorchScript will go
         torch.jit.script(torch.nn.Linear(2, 2)).save(file)
     with pytest.raises(InputError, match=r"is a TorchScript program, not weights. Make weights"):
+        convert.load_checkpoint(file)
+
+
+def test_without_pytorch_the_message_says_so(tmp_path, monkeypatch):
+    file = saved(tmp_path, WEIGHTS)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"reading .*run.pth needs PyTorch"):
         convert.load_checkpoint(file)
