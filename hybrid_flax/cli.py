@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.settings import DROPPED, RENAMED, old_name
+from hybrid_flax.settings.arguments import override, take_overrides, with_found_config
 from pallas.dispatch import UnservedShapeError
 
 
@@ -32,7 +33,12 @@ def run(
     Exits with what it returns; with 2 for input that the user can mend, 1 for training that had to
     stop.
     """
-    given = _in_present_names(sys.argv)
+    given, overrides = take_overrides(_in_present_names(sys.argv))
+    try:
+        given = with_found_config(given)
+    except InputError as error:
+        _say(str(error))
+        raise SystemExit(2) from None
     config_flag = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -49,6 +55,7 @@ def run(
             if arguments[1:]:
                 raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
             config = _config(config_flag)
+            override(config, overrides)
             if needs_workdir and not workdir_flag.value:
                 raise InputError("--workdir is missing")
             if in_parallel:
