@@ -70,7 +70,7 @@ def create_model(
     name: str,
     *,
     num_classes: int,
-    image_size: int | Sequence[int] | None,
+    image_size: Any,  # checked by `_size`
     dtype: DTypeLike,
     implementation: str = "auto",
     rngs: nnx.Rngs | None = None,
@@ -112,7 +112,7 @@ def create_model(
     )
 
 
-def _size(given: int | Sequence[int]) -> ImageSize:
+def _size(given: Any) -> ImageSize:
     """One number of a square, or (height, width)."""
     pair = isinstance(given, Sequence) and not isinstance(given, str)
     found = list(given) if pair else [given, given]

@@ -113,8 +113,8 @@ def _of_type(hint: Any) -> Expected:
 
 def _unknown(name: str, field: str, expected: dict[str, Expected]) -> str:
     close = difflib.get_close_matches(field, expected, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{name} has no field {field!r} to override; {hint}it has {', '.join(expected)}"
+    hint = f". Did you mean {close[0]!r}?" if close else ""
+    return f"{name} has no field {field!r} to override; it has {', '.join(expected)}{hint}"
 
 
 def _plain(value: Any) -> Any:

@@ -42,9 +42,10 @@ def check_size(image_size: ImageSize, unit: int, family: str) -> None:
 class Trunk(nnx.Module):
     """The part below the heads: `trunk(images, train, key)` gives its named maps, in order.
 
-    The heads see the last.
+    The heads see the one that `top` names. (Not the last: under `jit` names come in their order.)
     """
 
+    top: ClassVar[str] = "stage5"
     slack: ClassVar[tuple[int, int]] = (0, 0)  # pixels below and above its size that it takes
 
     def __call__(
@@ -130,7 +131,7 @@ class GramianNet(Backbone):
         """
         trunk_key, *head_keys = split_key(key, 1 + len(self.heads))
         maps = self.trunk(x, train, trunk_key)
-        *_, x = maps.values()
+        x = maps[self.trunk.top]
         head_logits = []
         for k, (head, head_key) in enumerate(zip(self.heads, head_keys, strict=True)):
             found = head(x, train, head_key)

@@ -84,6 +84,8 @@ class Block(nnx.Module):
 class ViT(Trunk):
     """The trunk: patches of 16×16 pixels with learned positions, blocks, a norm."""
 
+    top = "norm"
+
     def __init__(
         self, variant: Variant, image_size: ImageSize, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
