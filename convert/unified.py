@@ -8,6 +8,7 @@ import numpy as np
 from convert.official import Official
 from convert.rules import Pairs, Rules
 from hybrid_flax.layers import relative_position_index
+from hybrid_flax.models.backbone import square
 from hybrid_flax.models.unified import VARIANTS, Unified
 from hybrid_flax.models.unified.swin import ShiftedWindowAttention
 from pallas.window_attention.reference import shift_mask
@@ -71,10 +72,10 @@ def _derived_buffers(model: Unified) -> dict[str, np.ndarray]:
     """Entries that the official Swin stores although they follow from window and image size."""
     buffers = {}
     for i, stage in enumerate(model.stages):
-        side = model.image_size // (4 * 2**i)
         for j, block in enumerate(stage.blocks):
             if not isinstance(block.mixer, ShiftedWindowAttention):
                 continue
+            side = square(model.image_size, "Swin") // (4 * 2**i)
             window, shift = block.mixer.window, block.mixer.shift
             index = relative_position_index(window)
             buffers[f"stages.{i}.{j}.attn.relative_position_index"] = index

@@ -2,7 +2,7 @@
 
 import hybrid_flax
 model = hybrid_flax.create_model("gcvit_b")
-logits = model(images)  # [B, 224, 224, 3], normalised → [B, 1000]
+logits = nnx.jit(model)(images)  # [B, 224, 224, 3], normalised → [B, 1000]
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import itertools
 import signal
 import sys
 import typing
+
+__version__ = "0.1.0"
 
 # `python -m hybrid_flax.…`: until `cli.ending` listens, Ctrl-C ends it, and without a traceback.
 if any(
@@ -35,7 +37,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     dtype: DTypeLike = "float32",
     implementation: str = "auto",
     rngs: nnx.Rngs | None = None,
@@ -46,8 +48,9 @@ def create_model(
 
     Args:
       name: one of `list_models()`.
-      num_classes: width of the classifier.
-      image_size: height and width in pixels; default: the released model's own.
+      num_classes: width of the classifier; 0: none, the model gives features [B, C].
+      image_size: height and width in pixels, or a pair (height, width) where the family is not
+        built for squares; default: the released model's own.
       dtype: of the computation. Parameters, norms, softmax and logits stay float32.
       implementation: of windowed attention and deformable sampling: "auto", as `pallas/*/choice.py`
         says; "pallas", the kernels; or "xla".

@@ -156,16 +156,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    parser.add_argument("--save", type=pathlib.Path, help="file for the figures")
+    parser.add_argument("--json", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=records.positive, default=20, help="of each subject")
     options = parser.parse_args(arguments)
     if options.attention:
         print("--attention is now --implementation", file=sys.stderr)
         options.implementation = options.attention
+    if options.json:
+        print("--json is now --save", file=sys.stderr)
+        options.save = options.json
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        records.check_file("--json", options.json)
+        records.check_file("--save", options.save)
         ours = make_ours(options, "ours", options.implementation)
         if options.implementation == "pallas":
             check_kernels(ours)
@@ -205,8 +209,8 @@ def run(options: argparse.Namespace, ours: Subject, others: list[Subject | TimmS
         row["device_peak_bytes"] = stats.get("peak_bytes_in_use")  # of this process, until now
         record["rows"].append(row)
         print(show(row), flush=True)
-        if options.json:  # after every row: what was measured is not lost when the next fails
-            records.save(options.json, record)
+        if options.save:  # after every row: what was measured is not lost when the next fails
+            records.save(options.save, record)
     broken = (row.get("failed") for row in record["rows"] if row["who"] == ours.label)
     return int(any(why not in (None, timing.OUT_OF_MEMORY) for why in broken))
 

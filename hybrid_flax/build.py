@@ -20,7 +20,7 @@ from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.settings import Settings
-from hybrid_flax.training.optimizers import make_optimizer
+from hybrid_flax.training.optimizers import found_in, make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
 from hybrid_flax.training.step import (
     Shardings,
@@ -32,6 +32,7 @@ from hybrid_flax.training.step import (
 )
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
+from hybrid_flax.weights.paths import flatten
 
 
 class Prepared(NamedTuple):
@@ -131,13 +132,42 @@ class CompiledOnce:
 def checked(config: settings.Tree) -> Settings:
     """Reads a config at a program's door: every value checked, and that its names are known.
 
+    Patterns of what decays that only parts had which `model.overrides` replaces are left out.
+
     Raises:
       InputError: naming every field whose value cannot be used.
     """
     found = settings.from_config(config)
-    registry.model_info(found.model.name)
+    registry.check_overrides(found.model.name, found.model.overrides)
     parse_policy(found.augment.auto_augment)
-    return found
+    return _without_replaced_parts(found)
+
+
+def _without_replaced_parts(config: Settings) -> Settings:
+    model, optimizer = config.model, config.optimizer
+    fields = {name: getattr(optimizer, name) for name in ("decay_also", "decay_never")}
+    if not model.overrides or not any(fields.values()):
+        return config
+
+    def paths(overrides, image_size):
+        built = bridge.abstract(
+            lambda: registry.create_model(
+                model.name, num_classes=1, image_size=image_size, dtype="float32", **overrides
+            )
+        )
+        return flatten(bridge.get_weights(built)["params"])
+
+    ours, released = paths(model.overrides, model.image_size), paths({}, None)
+    changes = {}
+    for name, patterns in fields.items():
+        gone = [x for x in patterns if not found_in(x, ours) and found_in(x, released)]
+        if gone:
+            changes[f"optimizer.{name}"] = tuple(x for x in patterns if x not in gone)
+            print(
+                f"--config.optimizer.{name}: {', '.join(map(repr, gone))} left out, for "
+                "--config.model.overrides replaces what it is for"
+            )
+    return settings.replace(config, changes) if changes else config
 
 
 def resolve_classes(config: Settings, source: Source, split: str = "train") -> Settings:

@@ -24,6 +24,7 @@ from hybrid_flax.run.output import attended
 from hybrid_flax.run.stop_signal import Stopped
 from hybrid_flax.run.supervision import supervised
 from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
+from hybrid_flax.settings.arguments import override, take_overrides, with_found_config
 from pallas.dispatch import UnservedShapeError
 
 _HELP = ("-h", "-help", "--help", "-?", "--?", "--helpshort", "--helpfull")
@@ -44,7 +45,11 @@ def run(
 
     Exits as `ending` says.
     """
-    given = _in_present_names(sys.argv)
+    given, overrides = take_overrides(_in_present_names(sys.argv))
+    try:
+        given = with_found_config(given)
+    except InputError as error:
+        raise SystemExit(_leave(2, str(error))) from None
     config_flag = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -62,6 +67,8 @@ def run(
             raise InputError(f"unexpected argument {arguments[1]!r}; flags begin with --")
         has_config = needs_config or config_flag.value is not None
         config = _config(config_flag) if has_config else None
+        if config is not None:
+            override(config, overrides)
         with supervised() as watch:
             seconds: Any = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):

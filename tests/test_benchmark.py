@@ -339,7 +339,7 @@ def tiny(monkeypatch):
 
 def test_model_command(tiny, tmp_path, capsys):
     file = tmp_path / "model.json"
-    assert benchmark.main([*tiny, "--batch_sizes=2", f"--json={file}"]) == 0
+    assert benchmark.main([*tiny, "--batch_sizes=2", f"--save={file}"]) == 0
     record = json.loads(file.read_text())
     same = Subject("", "l2vit_t", image_size=32, dtype="bfloat16")
     assert record["multiply_adds"] == same.multiply_adds()
@@ -362,7 +362,7 @@ def test_model_command(tiny, tmp_path, capsys):
 def test_against_xla(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PASSES", {"inference": 2})
     file = tmp_path / "model.json"
-    assert benchmark.main([*tiny, "--batch_sizes=1", "--against=xla", f"--json={file}"]) == 0
+    assert benchmark.main([*tiny, "--batch_sizes=1", "--against=xla", f"--save={file}"]) == 0
     record = json.loads(file.read_text())
     ours, xla = record["rows"]
     assert (ours["who"], xla["who"]) == ("ours", "xla")
@@ -438,7 +438,7 @@ def test_every_model_has_a_loss(outputs):
         (["--model=gcvit_x"], "unknown model 'gcvit_x'. Did you mean gcvit_xt"),
         (["--model=gcvit_xxt", "--image_size=100"], "image_size=100: GC ViT needs a multiple"),
         (["--model=gcvit_xxt", "--batch_sizes=8,x"], "'x': expected a whole number above 0"),
-        (["--model=gcvit_xxt", "--json=nowhere/x"], "--json=nowhere/x: there is no folder"),
+        (["--model=gcvit_xxt", "--save=nowhere/x"], "--save=nowhere/x: there is no folder"),
         (
             ["--model=glnet_4g", "--attention=xla"],
             "glnet_4g has no operation with kernels",

@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -106,10 +107,29 @@ def _grey_bits(photo: Image.Image) -> int:
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
+class Transform(Protocol):
+    """What `model_info(name).eval_transform` is."""
+
+    @property
+    def crop_fraction(self) -> float: ...
+
+    @property
+    def crop_mode(self) -> str: ...
+
+    @property
+    def interpolation(self) -> str: ...
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
 def eval_crop(
     photo: Image.Image,
     image_size: int = 224,
-    crop_fraction: float = 0.875,
+    crop_fraction: float | Transform = 0.875,
     crop_mode: str = "center",
     interpolation: str = "bicubic",
 ) -> np.ndarray:
@@ -118,7 +138,8 @@ def eval_crop(
     Args:
       photo: a Pillow image of any mode; converted to RGB.
       image_size: height and width of the result, in pixels.
-      crop_fraction: the side of the crop as a fraction of the resized image's, in (0, 1].
+      crop_fraction: the side of the crop as a fraction of the resized image's, in (0, 1]; or
+        `model_info(name).eval_transform`, which says the next two, too.
       crop_mode: "center" scales the shorter side to ⌊image_size / crop_fraction⌋ and cuts the
         middle; "squash" scales both sides to it, giving up the aspect ratio, and cuts the middle.
       interpolation: "bicubic", "bilinear", "lanczos", "box" or "nearest", antialiased.
@@ -129,6 +150,10 @@ def eval_crop(
     Raises:
       InputError: unknown mode or filter, a fraction below 0.01 or above 1, or an unreadable photo.
     """
+    if not isinstance(crop_fraction, int | float):
+        transform = crop_fraction
+        crop_fraction, crop_mode = transform.crop_fraction, transform.crop_mode
+        interpolation = transform.interpolation
     check_eval_crop(crop_fraction, crop_mode)
     resample = pillow_filter(interpolation)
     resized = math.floor(image_size / crop_fraction)

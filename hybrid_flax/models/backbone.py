@@ -1,9 +1,11 @@
 """The interface of all models, written once over the named maps that each family computes."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -14,6 +16,23 @@ from hybrid_flax.models.info import ModelInfo
 from hybrid_flax.models.structure import Structure
 
 Maps = dict[str, Array]
+ImageSize = int | tuple[int, int]  # of a square's sides, or (height, width); pixels
+
+
+def sides(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def square(image_size: ImageSize, family: str) -> int:
+    """The side of a square; raises InputError that names the family for anything else."""
+    if not isinstance(image_size, int):
+        height, width = image_size
+        raise InputError(
+            f"image_size={image_size}: {family} is built for squares: its position tables and "
+            f"windows are those of one side. Resize the images, for example to {max(height, width)}"
+        )
+    return image_size
 
 
 class Backbone(nnx.Module):
@@ -27,7 +46,8 @@ class Backbone(nnx.Module):
     feature_maps: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4")
     dense_map: ClassVar[str] = ""  # the map whose places the classifier can read; "": there is none
 
-    image_size: int
+    image_size: ImageSize
+    num_classes: int  # 0: without a classifier, a call gives what it would see
     dtype: DTypeLike
     detection: bool = False  # a trunk for dense prediction, without a classifier
 
@@ -36,7 +56,7 @@ class Backbone(nnx.Module):
         variant: Any,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         **options: Any,
@@ -45,7 +65,7 @@ class Backbone(nnx.Module):
 
         Args:
           variant: the numbers that define the model.
-          num_classes: width of the classifier.
+          num_classes: width of the classifier; 0: none is built.
           image_size: height and width in pixels that it is meant for.
           dtype: of the computation.
           rngs: where initial values come from.
@@ -94,11 +114,18 @@ class Backbone(nnx.Module):
     def __call__(self, images: Array, *, train: bool = False, key: jax.Array | None = None) -> Any:
         """Logits, float32 [B, classes]. `train=True` needs a PRNG `key` for drop path.
 
+        Of a model with `num_classes=0` what its classifier would see, float32 [B, C]: the pooled
+        last map; of several heads one after the other.
+
         Raises:
-          InputError: as `intermediates`; or the model has no classifier.
+          InputError: as `intermediates`; or the model is a trunk for dense prediction.
         """
-        self._check_classifier()
-        return self.intermediates(images, train=train, key=key)["logits"]
+        self._check_not_trunk()
+        maps = self.intermediates(images, train=train, key=key)
+        if self.num_classes:
+            return maps["logits"]
+        pooled = [value for name, value in maps.items() if name.startswith("pooled")]
+        return jnp.concatenate(pooled, axis=-1).astype(jnp.float32)
 
     def features(self, images: Array) -> list[Float[Array, "B _H _W _C"]]:
         """The maps named by `feature_maps`, for dense prediction: strides 4, 8, 16 and 32."""
@@ -111,7 +138,12 @@ class Backbone(nnx.Module):
         Raises:
           InputError: the model's classifier reads the whole map, or there is none.
         """
-        self._check_classifier()
+        self._check_not_trunk()
+        if not self.num_classes:
+            raise InputError(
+                f"this {type(self).__name__} was built with num_classes=0 and has no classifier: "
+                "call features(images), or build it with classes"
+            )
         if not self.dense_map:
             raise InputError(
                 f"{type(self).__name__} has no logits of places: its classifier reads the whole "
@@ -123,12 +155,28 @@ class Backbone(nnx.Module):
         """The classifier alone."""
         raise NotImplementedError
 
-    def _check_classifier(self) -> None:
+    def _check_not_trunk(self) -> None:
         if self.detection:
             raise InputError(
                 f"this {type(self).__name__} was built with detection=True and has no classifier: "
                 "call features(images), or build it with detection=False"
             )
+
+    def __repr__(self) -> str:
+        """A summary of one screen: size, parts and their parameters."""
+        counts: dict[str, int] = {}
+        for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param)):
+            part = "/".join(map(str, path[: 2 if isinstance(path[1], int) else 1]))
+            counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
+        height, width = sides(self.image_size)
+        lines = [
+            f"{type(self).__name__}: {sum(counts.values()):,} parameters, images {height}×{width}, "
+            f"{self.num_classes or 'no'} classes, {jnp.dtype(self.dtype).name}"
+        ]
+        lines += [f"  {part:<16}{count:>14,}" for part, count in counts.items()]
+        return "\n".join(lines)
+
+    __str__ = __repr__
 
 
 class Family(NamedTuple):

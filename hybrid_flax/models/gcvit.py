@@ -9,7 +9,7 @@ Shapes: B images, H×W map, C channels, w×w window, N = w² tokens, h heads of 
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,10 @@ from hybrid_flax.layers import (
     split_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone, Family, Maps
+from hybrid_flax.models.backbone import Backbone, Family, ImageSize, Maps, square
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.models.variants import multiple_of
 
 HEAD_DIM = 32
 
@@ -45,7 +46,7 @@ HEAD_DIM = 32
 class Variant:
     """The numbers that define a GC ViT. Heads are 32 channels wide in all of them."""
 
-    dim: int  # channels of stage 1; each stage doubles them
+    dim: Annotated[int, multiple_of(HEAD_DIM)]  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]
     mlp_ratio: int
     layer_scale: float | None  # initial γ
@@ -276,11 +277,12 @@ class GCViT(Backbone):
         variant: Variant,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
+        image_size = square(image_size, "GC ViT")
         if image_size < 32 or image_size % 32:
             raise InputError(
                 f"image_size={image_size}: GC ViT needs a multiple of 32, because its windows are "
@@ -312,7 +314,9 @@ class GCViT(Backbone):
             ]
         )
         self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
-        self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
+        self.num_classes = num_classes
+        if num_classes:
+            self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
         return self.head(x)
@@ -340,7 +344,8 @@ class GCViT(Backbone):
             maps[f"stage{i}"] = x
         maps["norm"] = self.norm(x)
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
-        maps["logits"] = self.head(maps["pooled"])
+        if self.num_classes:
+            maps["logits"] = self.head(maps["pooled"])
         return maps
 
 

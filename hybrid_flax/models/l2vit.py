@@ -13,7 +13,7 @@ Shapes: B images, H×W map, C channels, w×w window, N tokens, h heads of d = e 
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     BatchNorm,
     BiasedOptions,
@@ -37,9 +36,10 @@ from hybrid_flax.layers import (
     split_key,
     window_attention,
 )
-from hybrid_flax.models.backbone import Backbone, Family, Maps
+from hybrid_flax.models.backbone import Backbone, Family, ImageSize, Maps
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.models.variants import multiple_of
 
 HEAD_DIM = 32
 MLP_RATIO = 4
@@ -51,7 +51,7 @@ DETECTION_WINDOW = 7
 class Variant:
     """The numbers that define an L2ViT."""
 
-    dim: int  # channels of stage 1; each stage doubles them
+    dim: Annotated[int, multiple_of(HEAD_DIM)]  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]
     window: int
     drop_path: float  # rate of the last block; the first has 0, linear between
@@ -297,13 +297,11 @@ class L2ViT(Backbone):
         variant: Variant,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
-        if image_size < 1:
-            raise InputError(f"image_size={image_size}: an image has at least one pixel")
         self.image_size = image_size
         self.dtype = dtype
         self.detection = variant.detection
@@ -325,6 +323,8 @@ class L2ViT(Backbone):
             self.norms = nnx.List([layer_norm(dim, dtype=dtype, rngs=rngs) for dim in dims])
         else:
             self.norm = layer_norm(dims[-1], dtype=dtype, rngs=rngs)
+        self.num_classes = 0 if variant.detection else num_classes
+        if self.num_classes:
             self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
@@ -347,7 +347,8 @@ class L2ViT(Backbone):
             return maps | {f"out{i}": norm(maps[f"stage{i}"]) for i, norm in outs}
         maps["norm"] = self.norm(x)
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
-        maps["logits"] = self.head(maps["pooled"])
+        if self.num_classes:
+            maps["logits"] = self.head(maps["pooled"])
         return maps
 
 

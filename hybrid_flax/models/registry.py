@@ -1,9 +1,10 @@
 """Models by name. A new family adds one line to `FAMILIES`."""
 
-import dataclasses
 import difflib
 import fnmatch
+import operator
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.typing import DTypeLike
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import gcvit, glnet, gramian, l2vit, unified
-from hybrid_flax.models.backbone import Backbone, Family
+from hybrid_flax.models.backbone import Backbone, Family, ImageSize
 from hybrid_flax.models.info import ModelInfo
+from hybrid_flax.models.variants import whole, with_overrides
 from pallas.dispatch import IMPLEMENTATIONS
 
 FAMILIES: tuple[Family, ...] = (
@@ -23,6 +25,10 @@ FAMILIES: tuple[Family, ...] = (
     *gramian.FAMILIES,
     unified.FAMILY,
 )
+
+
+CLASSES = whole(0, 10**6)
+SIDE = whole(1, 16384)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -47,6 +53,11 @@ def model_variant(name: str):
     return family_of(name).variants[name]
 
 
+def check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
+    """Raises InputError for an unknown name, and for fields or values that its Variant has not."""
+    with_overrides(name, model_variant(name), overrides)
+
+
 def tiny_model(name: str) -> dict[str, Any]:
     """Arguments of `create_model` that make a model of a few small blocks of it, for tests.
 
@@ -59,10 +70,10 @@ def create_model(
     name: str,
     *,
     num_classes: int,
-    image_size: int | None,
+    image_size: Any,  # checked by `_size`
     dtype: DTypeLike,
     implementation: str = "auto",
-    rngs: nnx.Rngs | None,
+    rngs: nnx.Rngs | None = None,
     **overrides,
 ) -> Backbone:
     """`hybrid_flax.create_model`, which has the defaults and says what they mean, but always fresh.
@@ -79,20 +90,9 @@ def create_model(
             stacklevel=3,
         )
         implementation = overrides.pop("attention")
-    known = [field.name for field in dataclasses.fields(variant)]
-    for override in overrides:
-        if override not in known:
-            raise InputError(
-                f"{name} has no field {override!r} to override; it has {', '.join(known)}"
-            )
-    if num_classes < 1:
-        raise InputError(f"num_classes={num_classes}: a classifier needs at least one class")
-    if "depths" in overrides:
-        depths, stages = overrides["depths"], len(variant.depths)
-        if len(depths) != stages or min(depths) < 1:
-            raise InputError(
-                f"depths={depths}: {name} has {stages} stages, each of at least one block"
-            )
+    variant = with_overrides(name, variant, overrides)
+    if not CLASSES.fits(num_classes):
+        raise InputError(f"num_classes={num_classes!r}: expected {CLASSES.words}; 0: no classifier")
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}"
@@ -103,13 +103,29 @@ def create_model(
             "for; leave it 'auto'"
         )
     return family.model(
-        dataclasses.replace(variant, **overrides),
+        variant,
         num_classes=num_classes,
-        image_size=family.published[name].image_size if image_size is None else image_size,
+        image_size=_size(family.published[name].image_size if image_size is None else image_size),
         dtype=dtype,
         rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
         **({"implementation": implementation} if family.model.has_kernels else {}),
     )
+
+
+def _size(given: Any) -> ImageSize:
+    """One number of a square, or (height, width)."""
+    pair = isinstance(given, Sequence) and not isinstance(given, str)
+    found = list(given) if pair else [given, given]
+    try:
+        found = [operator.index(side) for side in found]
+    except TypeError:
+        found = []
+    if len(found) != 2 or not all(SIDE.fits(side) for side in found):
+        raise InputError(
+            f"image_size={given!r}: expected {SIDE.words} pixels, or two of them, (height, width)"
+        )
+    height, width = found
+    return height if height == width else (height, width)
 
 
 class _Keys(nnx.Rngs):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,29 +41,26 @@ def setting(
     return found
 
 
-def whole(low: int, high: float = math.inf, *, special: tuple[int, ...] = ()) -> Expected:
+def whole(low: int, high: int = 10**9, *, special: tuple[int, ...] = ()) -> Expected:
     """A whole number in a closed range, or one of the `special` ones outside of it."""
-    words = f"a whole number from {low}" + (f" to {high}" if math.isfinite(high) else "")
+    words = f"a whole number from {low} to {high}"
     words += "".join(f", or {number}" for number in special)
     return Expected(words, lambda x: is_whole(x) and (low <= x <= high or x in special))
 
 
-def number(
-    low: float, high: float = math.inf, *, above: bool = False, below: bool = False
-) -> Expected:
-    """A finite number from `low` to `high`, which `above` and `below` leave out."""
-    words = f"above {low}" if above else f"from {low}"
-    if not math.isfinite(high):
-        words = f"a finite number {words}"
-    elif below:
-        words = f"a number {words} {'and' if above else 'to'} below {high}"
+def number(low: float, high: float = 1e6, *, above: bool = False, below: bool = False) -> Expected:
+    """A number from `low` to `high`, which `above` and `below` leave out, in float32, too."""
+    words = f"a number {'above' if above else 'from'} {low:g}"
+    if below:
+        words += f" {'and' if above else 'to'} below {high:g}"
     else:
-        words = f"a number {words}{', up' if above else ''} to {high}"
+        words += f"{', up' if above else ''} to {high:g}"
 
     def fits(x: Any) -> bool:
-        if not is_finite(x):
+        if not is_finite(x) or not low <= x <= high:
             return False
-        return (low < x if above else low <= x) and (x < high if below else x <= high)
+        (single,) = struct.unpack("f", struct.pack("f", x))  # training computes with that
+        return (low < single or not above) and (single < high or not below)
 
     return Expected(words, fits)
 
@@ -82,8 +80,11 @@ def one_of(*choices: Any) -> Expected:
 
 
 FLAG = one_of(False, True)
-TEXT = Expected("a text", lambda x: isinstance(x, str))
-NAME = Expected("a name", lambda x: isinstance(x, str) and bool(x.strip()))
+TEXT = Expected(
+    "a text of at most 4096 characters, none of them NUL",
+    lambda x: isinstance(x, str) and len(x) <= 4096 and "\0" not in x,
+)
+NAME = Expected("a name", lambda x: TEXT.fits(x) and bool(x.strip()))
 
 
 def text_like(pattern: str, words: str) -> Expected:
@@ -91,9 +92,9 @@ def text_like(pattern: str, words: str) -> Expected:
     return Expected(words, lambda x: isinstance(x, str) and re.fullmatch(pattern, x) is not None)
 
 
-def interval(high: float = math.inf) -> Expected:
+def interval(high: float) -> Expected:
     """A pair (low, high) of numbers above 0 in that order."""
-    words = "(low, high) with 0 < low ≤ high" + (f" ≤ {high}" if math.isfinite(high) else "")
+    words = f"(low, high) with 0 < low ≤ high ≤ {high}"
 
     def fits(x: Any) -> bool:
         return has_length(x, 2) and all(map(is_finite, x)) and 0 < x[0] <= x[1] <= high

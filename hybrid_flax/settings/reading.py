@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import typing
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings.expected import Expected
 from hybrid_flax.settings.sections import Settings
+from hybrid_flax.settings.together import impossible, without_effect
 
 # Names of the version before this one: what they are called now, and what is no setting any more.
 RENAMED = {"model.attention": "model.implementation"}
@@ -63,7 +65,8 @@ FIELDS = _fields()
 def from_config(config: Tree) -> Settings:
     """The settings of a config, every one of them checked.
 
-    Names of the version before this one are understood, and said to be old.
+    Names of the version before this one are understood, and said to be old; what was chosen and
+    has no effect beside the other values is said, too.
 
     Raises:
       InputError: naming every value that cannot be used, every unknown name, and what is missing.
@@ -83,10 +86,19 @@ def from_config(config: Tree) -> Settings:
             problems.append(f"--config.{name}={value!r}: expected {field.expected.words}")
     if not problems:
         settings = _build(given)
-        problems = list(_do_not_go_together(settings))
+        problems = list(impossible(settings))
     if problems:
         raise InputError("\n".join(problems))
+    for sentence in without_effect(
+        settings, {name: field.default for name, field in FIELDS.items()}
+    ):
+        _say_once(sentence)
     return settings
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logging.warning(sentence)
 
 
 def replace(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -162,27 +174,3 @@ def _build(flat: Mapping[str, Any]) -> Settings:
     tree = _nested(flat)
     sections = {name: kind(**tree.pop(name)) for name, kind in SECTIONS.items()}
     return Settings(**tree, **sections)
-
-
-def _do_not_go_together(settings: Settings) -> typing.Iterator[str]:
-    """A message for each combination of values that cannot be used."""
-    augment = settings.augment
-    if settings.dataset.label_maps and (augment.mixup_alpha or augment.cutmix_alpha):
-        yield (
-            "--config.dataset.label_maps: images with label maps are mixed inside the model; set "
-            "--config.augment.mixup_alpha=0 and --config.augment.cutmix_alpha=0"
-        )
-    micro_batch = settings.batch_size // settings.accumulation_steps
-    for name, group, images in (
-        ("augment.mix_group", augment.mix_group, settings.batch_size),
-        ("model.batch_norm_group", settings.model.batch_norm_group, micro_batch),
-    ):
-        # Groups must fill the images that they are made of; fewer images than one are one group.
-        if group and images > group and images % group:
-            fitting = next(size for size in range(group, 0, -1) if images % size == 0)
-            yield (
-                f"--config.{name}={group}: {images} images "
-                f"(--config.batch_size={settings.batch_size}, "
-                f"--config.accumulation_steps={settings.accumulation_steps}) are not a multiple of "
-                f"it; use 0 for one group of all, or for example {fitting}"
-            )

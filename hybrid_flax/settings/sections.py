@@ -19,7 +19,6 @@ from hybrid_flax.settings.expected import (
     TEXT,
     Expected,
     interval,
-    is_finite,
     number,
     one_of,
     rules,
@@ -40,6 +39,7 @@ FRACTION = number(0, 1)
 BELOW_ONE = number(0, 1, below=True)
 NOT_NEGATIVE = number(0)
 POSITIVE = number(0, above=True)
+RATE = number(0, 1000, above=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,10 @@ class Model:
     """Which network is trained, and how it is computed."""
 
     name: str = setting("model, one of `hybrid_flax.list_models()`", NAME)
-    num_classes: int = setting("width of the classifier; 0: the dataset's classes", whole(0), 0)
-    image_size: int = setting("height and width of the model's images, in pixels", whole(1))
+    num_classes: int = setting(
+        "width of the classifier; 0: the dataset's classes", whole(0, 10**6), 0
+    )
+    image_size: int = setting("height and width of the model's images, in pixels", whole(1, 16384))
     dtype: str = setting(
         "type of the computation; parameters and optimizer are float32",
         one_of("bfloat16", "float32"),
@@ -118,11 +120,11 @@ class Dataset:
     )
     std: tuple[float, float, float] = setting(
         "standard deviation likewise, which divides",
-        several(3, POSITIVE, "three finite numbers above 0"),
+        several(3, number(0.001, 1), "three numbers from 0.001 to 1"),
         (0.229, 0.224, 0.225),
     )
     num_workers: int = setting(
-        "processes that prepare batches; 0: threads of this one", whole(0), 8, of_host=True
+        "processes that prepare batches; 0: threads of this one", whole(0, 1024), 8, of_host=True
     )
     on_unreadable: str = setting(
         "what to do at an image that cannot be decoded: stop, or leave it out and say so",
@@ -140,7 +142,7 @@ class Augment:
         "share of the photo's area that a crop has", interval(1), (0.08, 1.0)
     )
     crop_ratio: tuple[float, float] = setting(
-        "width of a crop over its height", interval(), (3 / 4, 4 / 3)
+        "width of a crop over its height", interval(100), (3 / 4, 4 / 3)
     )
     interpolation: str = setting(
         "filter of resizing; random: bilinear or bicubic", one_of("random", *FILTERS), "bicubic"
@@ -164,7 +166,7 @@ class Augment:
         ),
         (0.4, 0.4, 0.4, 0.0),
     )
-    repeats: int = setting("crops of an image in a batch: repeated augmentation", whole(1), 1)
+    repeats: int = setting("crops of an image in a batch: repeated augmentation", whole(1, 100), 1)
     mixup_alpha: float = setting("mixup's α, of Beta(α, α); 0: no mixup", NOT_NEGATIVE, 0.8)
     cutmix_alpha: float = setting("cutmix's α; 0: no cutmix", NOT_NEGATIVE, 1.0)
     cutmix_probability: float = setting("probability of cutmix in place of mixup", FRACTION, 0.5)
@@ -186,7 +188,7 @@ class Loss:
     )
     diversity: float = setting(
         "Gramian heads only: weight of their divergence; negative drives them apart",
-        Expected("a finite number", is_finite),
+        number(-1000, 1000),
         -0.8,
     )
     dense_weight: float = setting(
@@ -202,14 +204,16 @@ class Optimizer:
     """How gradients become updates."""
 
     name: str = setting("rule that makes updates of gradients", one_of(*OPTIMIZERS), "adamw")
-    learning_rate: float = setting("learning rate at the schedule's peak", POSITIVE)
+    learning_rate: float = setting("learning rate at the schedule's peak", RATE)
     learning_rate_for_batch: int = setting(
         "batch that this rate is for, scaled to others in proportion; 0: not scaled", whole(0), 0
     )
     b1: float = setting("decay of the first moment, in adamw, lamb and lion", BELOW_ONE, 0.9)
     b2: float = setting("decay of the second moment, likewise", BELOW_ONE, 0.999)
     eps: float = setting(
-        "what is added to the root of the second moment, in adamw and lamb", POSITIVE, 1e-8
+        "what is added to the root of the second moment, in adamw and lamb",
+        number(0, 1, above=True),
+        1e-8,
     )
     momentum: float = setting("momentum of sgd", BELOW_ONE, 0.9)
     nesterov: bool = setting("whether momentum is Nesterov's, in sgd", FLAG, False)
@@ -245,8 +249,8 @@ class Schedule:
 
     name: str = setting("way from the peak to the minimum", one_of(*SCHEDULES), "cosine")
     warmup_epochs: float = setting("epochs in which the rate rises to its peak", NOT_NEGATIVE, 20.0)
-    warmup_learning_rate: float = setting("learning rate at step 0", NOT_NEGATIVE, 0.0)
-    min_learning_rate: float = setting("learning rate at the end", NOT_NEGATIVE, 1e-6)
+    warmup_learning_rate: float = setting("learning rate at step 0", number(0, 1000), 0.0)
+    min_learning_rate: float = setting("learning rate at the end", number(0, 1000), 1e-6)
     decay_epochs: float = setting("epoch at which the minimum is reached", POSITIVE, 300.0)
     decay_from_start: bool = setting(
         "count the way from step 0, not from the end of the warm-up", FLAG, False
@@ -267,14 +271,14 @@ class Eval:
     """How accuracy is measured."""
 
     crop_fraction: float = setting(
-        "side of the crop over the resized image's", number(0, 1, above=True), 0.875
+        "side of the crop over the resized image's", number(0.05, 1), 0.875
     )
     crop_mode: str = setting(
         "center keeps the aspect ratio, squash does not", one_of("center", "squash"), "center"
     )
     interpolation: str = setting("filter of resizing", one_of(*FILTERS), "bicubic")
     batch_size: int = setting(
-        "images evaluated at a time, over all devices", whole(1), 256, free=True
+        "images evaluated at a time, over all devices", whole(1, 2**20), 256, free=True
     )
     every_epochs: int = setting("epochs between evaluations", whole(1), 1, free=True)
 
@@ -339,9 +343,9 @@ class Settings:
     """All settings of a training run."""
 
     seed: int = setting("where all randomness comes from", whole(0, 2**63 - 1), 42)
-    batch_size: int = setting("images over all devices and accumulation steps", whole(1))
-    accumulation_steps: int = setting("parts in which a batch is computed", whole(1), 1)
-    epochs: int = setting("how often the training images are seen", whole(1), 300)
+    batch_size: int = setting("images over all devices and accumulation steps", whole(1, 2**20))
+    accumulation_steps: int = setting("parts in which a batch is computed", whole(1, 2**20), 1)
+    epochs: int = setting("how often the training images are seen", whole(1, 10**6), 300)
     init_from: str = setting(
         "weights to fine-tune: the folder of a run or a converted checkpoint, a released file, or "
         "pretrained",

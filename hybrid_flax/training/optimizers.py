@@ -117,9 +117,14 @@ def _matches(patterns: Iterable[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
+def found_in(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether an expression matches any of these paths."""
+    return any(re.search(pattern, path) for path in paths)
+
+
 def _check_patterns(field: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
     for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
+        if not found_in(pattern, paths):
             raise InputError(
                 f"--config.optimizer.{field}: {pattern!r} matches no parameter of this model; "
                 "parameters.txt in the work directory lists them"

@@ -6,20 +6,24 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
+import configs
 import convert
 import hybrid_flax
 from hybrid_flax.build import build_model, checked
 from hybrid_flax.models.unified.mixer import Place
 from hybrid_flax.models.unified.model import MIXERS
+from hybrid_flax.settings.arguments import override, take_overrides
 from hybrid_flax.weights import bridge
 from tests.parity import GOLDEN, golden_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 DOORS = {"hybrid_flax.checkpoints", "hybrid_flax.data.inspect"}  # for old names, which say the new
 PROGRAMS = ("hybrid_flax", "convert", "benchmarks", "docs")
 
@@ -80,7 +84,29 @@ def code(text: str, first: str) -> str:
     return found
 
 
-def test_the_first_use_of_a_model_runs(monkeypatch):
+def test_the_first_use_of_a_model_runs(monkeypatch, tmp_path, capsys):
+    names: dict = {}
+    example = code(README, "model_input(").replace('"photo.jpg"', f'"{tmp_path}/photo.jpg"')
+    Image.new("RGB", (300, 200), "orange").save(tmp_path / "photo.jpg")
+
+    def create_model(name, *, pretrained):
+        assert pretrained
+        tiny = {"depths": (1, 1, 1, 1), "dims": (32,) * 4}
+        model = bridge.abstract(lambda: real(name, **tiny))
+        weights = bridge.get_weights(model)
+        bridge.set_weights(model, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), weights))
+        return model
+
+    real = hybrid_flax.create_model
+    monkeypatch.setattr(hybrid_flax, "create_model", create_model)
+    exec(example, names)
+    assert names["images"].shape == (1, 224, 224, 3)
+    assert names["images"].dtype == np.float32
+    assert names["logits"].shape == (1, 1000)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_weights_are_loaded_as_their_page_shows(monkeypatch):
     record = json.loads((GOLDEN / "gcvit/gcvit_b.json").read_text())
     real = hybrid_flax.create_model
     monkeypatch.setattr(
@@ -90,7 +116,7 @@ def test_the_first_use_of_a_model_runs(monkeypatch):
 
     def run(images):
         names = {"images": images}
-        exec(code(README, "create_model"), names)
+        exec(code(WEIGHTS, "create_model"), names)
         return names["logits"], names["maps"]
 
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
@@ -99,13 +125,24 @@ def test_the_first_use_of_a_model_runs(monkeypatch):
     assert [224 // each.shape[1] for each in maps] == [4, 8, 16, 32]
 
 
+MIXER = README[README.index("**To add a token mixer**") : README.index("**To add a model**")]
+
+
 @pytest.fixture
 def pooling(monkeypatch) -> type:
-    """The token mixer of docs/extending.md, registered as it says."""
+    """The token mixer of the README, registered as it says."""
     names: dict = {}
-    exec(code(EXTENDING, "class PoolingMixer"), names)
+    exec(code(MIXER, "class PoolingMixer"), names)
     monkeypatch.setitem(MIXERS, "pooling", names["PoolingMixer"])
     return names["PoolingMixer"]
+
+
+def test_the_lines_that_register_it_fit_where_they_go():
+    importing, entry = re.findall(r"```\n(.*)\n(.*)\n```", MIXER)[0]
+    source = (ROOT / "hybrid_flax/models/unified/model.py").read_text()
+    assert importing == "from hybrid_flax.models.unified.pooling import PoolingMixer"
+    assert entry == '    "pooling": PoolingMixer,'
+    assert '    "swin": ShiftedWindowAttention,\n' in source
 
 
 def test_the_token_mixer_averages_and_keeps_its_dtype(pooling):
@@ -117,16 +154,16 @@ def test_the_token_mixer_averages_and_keeps_its_dtype(pooling):
     assert float(mixed[0, 1, 1, 0]) == 0
 
 
-def test_a_model_with_the_token_mixer_is_built_and_a_config_trains_it(pooling):
-    names = {"hybrid_flax": hybrid_flax}
-    example = code(EXTENDING, "create_model").replace("mixer=", "depths=(1, 1, 1, 1), mixer=")
-    model = bridge.abstract(lambda: exec(example, names) or names["model"])
-    assert type(model.stages[0].blocks[0].mixer) is pooling
-    exec(code(EXTENDING, "def get_config"), names)
-    config = names["get_config"]()
+def test_the_command_shown_trains_a_model_with_the_token_mixer(pooling, capsys):
+    (command,) = re.findall(r"python -m hybrid_flax.main (.*)", MIXER)
+    arguments, fields = take_overrides(command.split())
+    assert fields == {"mixer": "pooling"}
+    name = arguments[0].removeprefix("--config=configs/").removesuffix(".py")
+    config = configs.load(name)
+    override(config, fields | {"depths": (1, 1, 1, 1)})
     config.model.num_classes = 10
-    with config.unlocked():
-        config.model.overrides["depths"] = (1, 1, 1, 1)
     settings = checked(config)
+    assert settings.optimizer.decay_never == ()
+    assert "decay_never: '/position_bias$' left out" in capsys.readouterr().out
     built = bridge.abstract(lambda: build_model(settings, rngs=nnx.Rngs(0)))
     assert type(built.stages[3].blocks[0].mixer) is pooling

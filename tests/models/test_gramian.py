@@ -280,7 +280,7 @@ def test_drop_path_rates():
 
 def initial_head(name):
     variant = dataclasses.replace(model_variant(name), gram_dim=64)
-    return type(tiny(name)).make_head(variant, 100, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    return tiny(name).make_head(variant, 100, dtype=jnp.float32, rngs=nnx.Rngs(1))
 
 
 def test_initial_values_of_convnext():

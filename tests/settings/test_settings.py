@@ -16,8 +16,9 @@ from hybrid_flax.data.images import FILTERS
 from hybrid_flax.distributed import mesh
 from hybrid_flax.errors import InputError
 from hybrid_flax.run.workdir import Workdir, differences
-from hybrid_flax.settings import FIELDS, sections
+from hybrid_flax.settings import FIELDS, reading, sections
 from hybrid_flax.settings import __main__ as page
+from hybrid_flax.settings.together import NEEDS
 from hybrid_flax.weights.functions import REMAT
 from pallas.dispatch import IMPLEMENTATIONS
 
@@ -61,22 +62,29 @@ def test_no_field_takes_a_bad_value(name):
     [
         ("seed", -1, "a whole number from 0 to 9223372036854775807"),
         ("epochs", 0, "a whole number from 1"),
-        ("augment.mixup_alpha", -1e-10, "a finite number from 0"),
+        ("augment.mixup_alpha", -1e-10, "a number from 0 to 1e+06"),
         ("augment.mix_group", -1, "a whole number from 0"),
         ("augment.auto_augment", "autoaugment", "one of rand-m9-mstd0.5-inc1 (and the like), "),
-        ("dataset.std", (0, 0, 0), "three finite numbers above 0"),
-        ("dataset.std", (0.2,), "three finite numbers above 0"),
+        ("dataset.std", (0, 0, 0), "three numbers from 0.001 to 1"),
+        ("dataset.std", (0.2,), "three numbers from 0.001 to 1"),
         ("dataset.mean", (124, 116, 104), "three numbers from 0 to 1"),
-        ("optimizer.learning_rate", math.inf, "a finite number above 0"),
+        ("optimizer.learning_rate", math.inf, "a number above 0, up to 1000"),
+        ("dataset.std", (58.4, 57.1, 57.4), "three numbers from 0.001 to 1"),
+        ("eval.crop_fraction", 1e-6, "a number from 0.05 to 1"),
+        ("optimizer.eps", 1e-60, "a number above 0, up to 1"),  # 0 in float32
+        ("ema_decay", 1 - 1e-12, "a number from 0 to below 1"),  # 1 in float32
+        ("batch_size", 10**400, "a whole number from 1 to 1048576"),
+        ("model.image_size", 10**6, "a whole number from 1 to 16384"),
+        ("dataset.path", "x\0y", "a text of at most 4096 characters"),
         ("optimizer.name", "adam", "one of 'adamw', 'lamb', 'sgd', 'lion', 'adafactor'"),
         ("optimizer.b2", 1.0, "a number from 0 to below 1"),
         ("optimizer.layer_decay", 0.0, "a number above 0, up to 1"),
         ("optimizer.freeze", ("(",), "a tuple of regular expressions"),
         ("schedule.name", "cosin", "one of 'cosine', 'linear', 'constant', 'step', 'onecycle'"),
         ("schedule.step_factor", 1.0, "a number above 0 and below 1"),
-        ("schedule.warmup_epochs", -1.0, "a finite number from 0"),
+        ("schedule.warmup_epochs", -1.0, "a number from 0 to 1e+06"),
         ("model.num_classes", -1, "a whole number from 0"),
-        ("mesh.fsdp", 0, "a whole number from 1, or -1"),
+        ("mesh.fsdp", 0, "a whole number from 1 to 1000000000, or -1"),
         ("sharding.rules", (("(", ()),), "a tuple of pairs such as ('/fc1/kernel$', "),
         ("sharding.rules", (("x", ("model",)),), "a tuple of pairs such as ('/fc1/kernel$', "),
     ],
@@ -123,12 +131,60 @@ def test_all_problems_are_named_at_once():
             "--config.dataset.label_maps: images with label maps are mixed inside the model; set "
             "--config.augment.mixup_alpha=0 and --config.augment.cutmix_alpha=0",
         ),
+        ({"init_class_map": "map.txt"}, "--config.init_class_map: there are no weights whose rows"),
+        (
+            {"model.overrides": {"drop_path": 0.3}},
+            "--config.model.overrides.drop_path: this is a setting of its own, use --config.model.",
+        ),
+        (
+            {"model.image_size": 4096, "eval.crop_fraction": 0.1},
+            "--config.eval.crop_fraction=0.1: for a crop of --config.model.image_size=4096 pixels",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, message):
     with pytest.raises(InputError) as error:
         settings.replace(PLAIN, changes)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"optimizer.momentum": 0.5},
+            "--config.optimizer.momentum=0.5 has no effect: optimizer.na",
+        ),
+        ({"optimizer.name": "sgd", "optimizer.b2": 0.95}, "--config.optimizer.b2=0.95 has no"),
+        ({"schedule.step_epochs": 7.0}, "--config.schedule.step_epochs=7.0 has no effect: only"),
+        ({"loss.diversity": -0.5}, "--config.loss.diversity=-0.5 has no effect: only models with"),
+        ({"ema_decay": 0.0, "ema_warmup": True}, "--config.ema_warmup=True has no effect: there"),
+        (
+            {"dataset.name": "digits", "dataset.path": "x"},
+            "--config.dataset.path='x' has no effect",
+        ),
+        (
+            {"augment.mixup_alpha": 0.0, "augment.cutmix_probability": 0.9},
+            "--config.augment.cutmix_probability=0.9 has no effect: it chooses between",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said_once(changes, sentence, caplog):
+    reading._say_once.cache_clear()
+    for _ in range(2):
+        settings.replace(PLAIN, changes)
+    assert caplog.text.count(sentence) == 1
+
+
+def test_nothing_in_our_configs_is_without_effect(caplog):
+    reading._say_once.cache_clear()
+    for name in (*configs.names(), "quickstart", "finetune"):
+        settings.from_config(configs.load(name))
+    assert "has no effect" not in caplog.text
+
+
+def test_every_need_names_fields_that_are_there():
+    assert {name for need in NEEDS for name in need.fields} <= FIELDS.keys()
 
 
 def test_sections_are_typed_and_cannot_be_changed():

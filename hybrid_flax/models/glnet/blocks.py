@@ -4,6 +4,7 @@ Shapes: B images, H×W map, C channels, L = H·W places, S = 64 slots, N tokens.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +26,27 @@ from hybrid_flax.layers import (
     scaled,
     split_key,
 )
+from hybrid_flax.models.variants import Expected, multiple_of, several
 
 HEAD_DIM = 32
 SLOT_GRID = 8  # slots start as the means over an 8×8 grid
 SLOTS = SLOT_GRID**2
 NORM_EPSILON = 1e-6  # of the layer norms
+KINDS = Expected(
+    'a text of the letters G (GLMix) and A (attention), such as "GA"',
+    lambda x: isinstance(x, str) and bool(x) and set(x) <= {"G", "A"},
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """The numbers that define a GLNet. Heads are 32 channels wide in all of them."""
 
-    dim: int  # channels of stage 1; each stage doubles them
+    dim: Annotated[int, multiple_of(HEAD_DIM)]  # channels of stage 1; each stage doubles them
     depths: tuple[int, int, int, int]
     mlp_ratio: int
-    blocks: tuple[str, str, str, str]  # of each stage, in turn: G GLMix, A attention
+    # Of each stage, in turn: G GLMix, A attention.
+    blocks: Annotated[tuple[str, str, str, str], several(4, KINDS)]
     convolutional: bool  # 3×3 convolutions as embeddings, position encodings and inside the MLPs;
     #                      without (STL) the frame is that of Swin-T, for comparison with it
     learned_slots: bool  # the slots start from parameters instead of from the map

@@ -31,7 +31,7 @@ from hybrid_flax.layers import (
     pytorch_init,
     split_key,
 )
-from hybrid_flax.models.backbone import Backbone, Family, Maps
+from hybrid_flax.models.backbone import Backbone, Family, ImageSize, Maps, sides
 from hybrid_flax.models.glnet.blocks import Block, Variant
 from hybrid_flax.models.glnet.mix_token import mix_token_box, swap_box
 from hybrid_flax.models.info import EvalTransform, ModelInfo
@@ -150,21 +150,14 @@ class GLNet(Backbone):
         variant: Variant,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.convolutional = variant.convolutional
-        self.token_labelling = variant.token_labelling
-        if reason := self.refusal(image_size, image_size):
+        self.token_labelling = variant.token_labelling and num_classes > 0
+        if reason := self.refusal(*sides(image_size)):
             raise InputError(f"image_size={image_size}: {reason}")
-        if len(variant.blocks) != 4 or not all(
-            kinds and set(kinds) <= {"G", "A"} for kinds in variant.blocks
-        ):
-            raise InputError(
-                f"blocks={variant.blocks!r}: expected for each of the four stages a text of the "
-                'letters G (GLMix) and A (attention), such as "GA"'
-            )
         self.image_size = image_size
         self.dtype = dtype
         dims = [variant.dim * 2**i for i in range(4)]
@@ -187,8 +180,10 @@ class GLNet(Backbone):
             ]
         )
         self.norm = BatchNorm(dims[-1], dtype=dtype)
-        self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
-        if variant.token_labelling:
+        self.num_classes = num_classes
+        if num_classes:
+            self.head = linear(dims[-1], num_classes, dtype=jnp.float32, rngs=rngs)
+        if self.token_labelling:
             self.token_head = linear(
                 dims[-1], num_classes, kernel_init=pytorch_init, dtype=jnp.float32, rngs=rngs
             )
@@ -202,9 +197,9 @@ class GLNet(Backbone):
         maps; `token_logits` [B, tokens, classes], each of its own image; `mixed`, the fraction of
         a map that is the other image's.
         """
-        maps = self.intermediates(images, train=train, key=key)
         if not (train and self.token_labelling):
-            return maps["logits"]
+            return super().__call__(images, train=train, key=key)
+        maps = self.intermediates(images, train=train, key=key)
         return {
             "logits": maps["logits"],
             "token_logits": maps["aux_tokens"],
@@ -246,6 +241,8 @@ class GLNet(Backbone):
 
         maps["norm"] = self.norm(x, train)
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)
+        if not self.num_classes:
+            return maps
         logits = self.head(maps["pooled"])
         if self.token_labelling:
             tokens = self.token_head(maps["norm"])

@@ -5,14 +5,13 @@ Stage 4 is narrower than ConvNeXt's. All convolutions and linear layers start no
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
@@ -25,11 +24,22 @@ from hybrid_flax.layers import (
     scaled,
     split_key,
 )
-from hybrid_flax.models.backbone import Family
+from hybrid_flax.models.backbone import Family, ImageSize
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
+from hybrid_flax.models.gramian.network import (
+    GRAM_DIM,
+    STRUCTURE,
+    TINY_HEADS,
+    GramianNet,
+    Trunk,
+    check_size,
+    published,
+)
+from hybrid_flax.models.variants import Expected, several, whole
 
+# Heads have a 32nd of its channels, and embed in 8 groups.
+LAST_DIM = Expected("a multiple of 8 from 32", lambda x: whole(32).fits(x) and x % 8 == 0)
 EPSILON = 1e-6  # of the trunk's and the gram layers' norms; the heads' own have 1e-5
 
 
@@ -37,11 +47,11 @@ EPSILON = 1e-6  # of the trunk's and the gram layers' norms; the heads' own have
 class Variant:
     """The numbers that define a GA-ConvNeXt."""
 
-    dims: tuple[int, int, int, int]
+    dims: Annotated[tuple[int, int, int, int], several(4, whole(), LAST_DIM)]
     depths: tuple[int, int, int, int]
-    taps: int  # outputs inside stage 3 that are aggregated too
+    taps: Annotated[int, whole(0)]  # outputs inside stage 3 that are aggregated too
     drop_path: float  # of stage 5 and the gram layers; the first block has 0, linear between
-    gram_dim: int = 192
+    gram_dim: Annotated[int, GRAM_DIM] = 192
     heads: int = 5
 
 
@@ -125,10 +135,12 @@ class Stage(nnx.Module):
 class ConvNeXt(Trunk):
     """The trunk: stem, four stages, their aggregation, stage 5."""
 
-    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        if image_size < 32 or image_size % 32:
-            raise InputError(f"image_size={image_size}: GA-ConvNeXt needs a multiple of 32")
-        self.sides = (image_size, image_size + 15)
+    slack = (0, 15)
+
+    def __init__(
+        self, variant: Variant, image_size: ImageSize, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        check_size(image_size, 32, "GA-ConvNeXt")
         self.taps = tap_places(variant.depths[2], variant.taps)
         dims = variant.dims
         rates = drop_path_rates(variant.drop_path, (*variant.depths, 1))[:4]
@@ -178,8 +190,7 @@ class GAConvNeXt(GramianNet):
         head_blocks=r"heads/\d+/gram_layer/blocks/\d+/",
     )
 
-    @staticmethod
-    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+    def make_head(self, variant: Variant, num_classes: int, **options) -> Head:
         return Head(
             variant.dims[3],
             num_classes,

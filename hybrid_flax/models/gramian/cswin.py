@@ -9,7 +9,7 @@ Convolutions start as PyTorch's do, linear layers normal with deviation 0.02 and
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     DepthwiseConv,
     Mlp,
@@ -32,10 +31,18 @@ from hybrid_flax.layers import (
     window_attention,
 )
 from hybrid_flax.layers.convolutions import pytorch_init
-from hybrid_flax.models.backbone import Family
+from hybrid_flax.models.backbone import Family, ImageSize
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
+from hybrid_flax.models.gramian.network import (
+    STRUCTURE,
+    TINY_HEADS,
+    GramianNet,
+    Trunk,
+    check_size,
+    published,
+)
+from hybrid_flax.models.variants import multiple_of, one_of, whole
 
 HEAD_DIM = 32
 
@@ -46,11 +53,13 @@ class Variant:
 
     depths: tuple[int, int, int, int]
     drop_path: float  # of the last block, stage 5 and the gram layers; linear from 0
-    dim: int = 64  # channels of stage 1; each stage doubles them
+    dim: Annotated[int, multiple_of(2 * HEAD_DIM)] = (
+        64  # channels of stage 1; each stage doubles them
+    )
     splits: tuple[int, int, int] = (1, 2, 7)  # stripe widths; stage 5 and the heads as stage 3
-    taps: int = 4  # outputs inside stage 3 that are aggregated too
-    stage5: str = "block"  # or "bottleneck", as in GA-ConvNeXt
-    gram_dim: int = 192
+    taps: Annotated[int, whole(0)] = 4  # outputs inside stage 3 that are aggregated too
+    stage5: Annotated[str, one_of("block", "bottleneck")] = "block"  # the other: GA-ConvNeXt's
+    gram_dim: Annotated[int, multiple_of(2 * HEAD_DIM)] = 192
     heads: int = 5
 
 
@@ -185,7 +194,7 @@ class CSWin(Trunk):
     def __init__(
         self,
         variant: Variant,
-        image_size: int,
+        image_size: ImageSize,
         *,
         implementation: str,
         dtype: DTypeLike,
@@ -193,14 +202,11 @@ class CSWin(Trunk):
     ):
         splits = variant.splits
         step = math.lcm(32, 4 * splits[0], 8 * splits[1], 16 * splits[2])
-        if image_size < step or image_size % step:
-            raise InputError(
-                f"image_size={image_size}: GA-CSWin with stripes of {splits[0]}, {splits[1]} and "
-                f"{splits[2]} places (splits) needs a multiple of {step}"
-            )
-        if variant.stage5 not in ("block", "bottleneck"):
-            raise InputError(f'stage5={variant.stage5!r}: expected "block" or "bottleneck"')
-        self.sides = (image_size, image_size)
+        check_size(
+            image_size,
+            step,
+            f"GA-CSWin with stripes of {splits[0]}, {splits[1]} and {splits[2]} places (splits)",
+        )
         self.taps = tap_places(variant.depths[2], variant.taps)
         options: Options = {"dtype": dtype, "rngs": rngs}
         dims = [variant.dim * 2**i for i in range(4)]
@@ -272,9 +278,8 @@ class GACSWin(GramianNet):
     structure = STRUCTURE._replace(opens_next_stage=r"trunk/merges/(\d+)/")
     has_kernels = True
 
-    @staticmethod
     def make_head(
-        variant: Variant, num_classes: int, *, implementation: str = "auto", **options: Any
+        self, variant: Variant, num_classes: int, *, implementation: str = "auto", **options: Any
     ) -> Head:
         dim = 8 * variant.dim
         return Head(

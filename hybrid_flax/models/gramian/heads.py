@@ -135,12 +135,14 @@ class Head(nnx.Module):
         self.norm2 = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.mlp = GroupedMlp(dim, mlp_groups, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.gamma2 = layer_scale(dim, 1e-4)
-        self.classifier = linear(dim, num_classes, dtype=jnp.float32, rngs=rngs)
+        self.num_classes = num_classes
+        if num_classes:
+            self.classifier = linear(dim, num_classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B H W C"], train: bool = False, key: jax.Array | None = None
     ) -> dict[str, Float[Array, "..."]]:
-        """Every map on the way, in order; the last, `logits`, is float32 [B, num_classes].
+        """Every map on the way, in order; the last, `logits`, is float32 [B, num_classes], if any.
 
         The embedding's batch norm sees one vector per image, so training needs two images.
         """
@@ -157,5 +159,6 @@ class Head(nnx.Module):
         maps["mlp"] = self.mlp(self.norm2(token))
         token = token + scaled(maps["mlp"], self.gamma2)
         maps["pooled"] = token[:, 0]
-        maps["logits"] = self.classifier(maps["pooled"].astype(jnp.float32))
+        if self.num_classes:
+            maps["logits"] = self.classifier(maps["pooled"].astype(jnp.float32))
         return maps

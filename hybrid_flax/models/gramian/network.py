@@ -9,11 +9,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from hybrid_flax.errors import InputError
 from hybrid_flax.layers import split_key
-from hybrid_flax.models.backbone import Backbone, Maps
+from hybrid_flax.models.backbone import Backbone, ImageSize, Maps, sides
 from hybrid_flax.models.gramian.heads import Head
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.models.variants import multiple_of
 
 # What the kinds have in common; they add their blocks.
 STRUCTURE = Structure(
@@ -25,17 +27,26 @@ STRUCTURE = Structure(
 )
 
 
+# The Gramian's vector has g(g + 1)/2 entries, which the embedding takes in 8 groups.
+GRAM_DIM = multiple_of(16)
 # Of each kind's `tiny` model; the taps are places in stage 3 whose maps are aggregated, too.
 TINY_HEADS = {"gram_dim": 16, "heads": 2, "taps": 1}
+
+
+def check_size(image_size: ImageSize, unit: int, family: str) -> None:
+    """Raises InputError unless both sides are multiples of `unit`."""
+    if any(side < unit or side % unit for side in sides(image_size)):
+        raise InputError(f"image_size={image_size}: {family} needs a multiple of {unit}")
 
 
 class Trunk(nnx.Module):
     """The part below the heads: `trunk(images, train, key)` gives its named maps, in order.
 
-    The heads see the last.
+    The heads see the one that `top` names. (Not the last: under `jit` names come in their order.)
     """
 
-    sides: tuple[int, int]  # the smallest and the largest height and width that it takes
+    top: ClassVar[str] = "stage5"
+    slack: ClassVar[tuple[int, int]] = (0, 0)  # pixels below and above its size that it takes
 
     def __call__(
         self, images: Float[Array, "B H W 3"], train: bool = False, key: jax.Array | None = None
@@ -56,8 +67,7 @@ class GramianNet(Backbone):
 
     trunk_class: ClassVar[Callable[..., Trunk]]
 
-    @staticmethod
-    def make_head(variant: Any, num_classes: int, **options: Any) -> Head:
+    def make_head(self, variant: Any, num_classes: int, **options: Any) -> Head:
         """Builds one head; all are alike."""
         raise NotImplementedError
 
@@ -66,7 +76,7 @@ class GramianNet(Backbone):
         variant: Any,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         implementation: str = "auto",
         rngs: nnx.Rngs,
@@ -79,6 +89,7 @@ class GramianNet(Backbone):
             [self.make_head(variant, num_classes, **options) for _ in range(variant.heads)]
         )
         self.image_size = image_size
+        self.num_classes = num_classes
         self.dtype = dtype
 
     def __call__(
@@ -89,14 +100,21 @@ class GramianNet(Backbone):
         `train=True`: the logits of each head, float32 [heads, B, classes], for `losses.gramian`;
         it needs a PRNG `key` for drop path, and updates the batch norms' running statistics.
         """
-        maps = self.intermediates(images, train=train, key=key)
-        return maps["head_logits"] if train else maps["logits"]
+        if not (train and self.num_classes):
+            return super().__call__(images, train=train, key=key)
+        return self.intermediates(images, train=train, key=key)["head_logits"]
 
     def refusal(self, height: int, width: int) -> str | None:
-        low, high = self.trunk.sides
-        if all(low <= side <= high for side in (height, width)):
+        (below, above), built = self.trunk.slack, sides(self.image_size)
+        if all(
+            own - below <= side <= own + above
+            for side, own in zip((height, width), built, strict=True)
+        ):
             return None
-        taken = f"from {low} to {high}" if low < high else f"of {low}"
+        low, high = (
+            " and ".join(f"{own + by}" for own in dict.fromkeys(built)) for by in (-below, above)
+        )
+        taken = f"from {low} to {high}" if below or above else f"of {low}"
         return (
             f"this {type(self).__name__} was built for image_size={self.image_size} and takes "
             f"heights and widths {taken}. Resize the images, or build the model for their size: "
@@ -113,16 +131,18 @@ class GramianNet(Backbone):
         """
         trunk_key, *head_keys = split_key(key, 1 + len(self.heads))
         maps = self.trunk(x, train, trunk_key)
-        *_, x = maps.values()
+        x = maps[self.trunk.top]
         head_logits = []
         for k, (head, head_key) in enumerate(zip(self.heads, head_keys, strict=True)):
             found = head(x, train, head_key)
-            head_logits.append(found.pop("logits"))
+            if self.num_classes:
+                head_logits.append(found.pop("logits"))
             pooled = found.pop("pooled")
             maps |= {f"h{k}_{name}": value for name, value in found.items()}
             maps[f"pooled_{k}"] = pooled
-        maps["head_logits"] = jnp.stack(head_logits)
-        maps["logits"] = maps["head_logits"].sum(0)
+        if self.num_classes:
+            maps["head_logits"] = jnp.stack(head_logits)
+            maps["logits"] = maps["head_logits"].sum(0)
         return maps
 
 

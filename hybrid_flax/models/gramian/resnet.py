@@ -12,19 +12,27 @@ heads as in GA-ConvNeXt.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import BatchNorm, Options, conv, drop_path_rates, normal_init, split_key
-from hybrid_flax.models.backbone import Family
+from hybrid_flax.models.backbone import Family, ImageSize
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, TINY_HEADS, GramianNet, Trunk, published
+from hybrid_flax.models.gramian.network import (
+    GRAM_DIM,
+    STRUCTURE,
+    TINY_HEADS,
+    GramianNet,
+    Trunk,
+    check_size,
+    published,
+)
+from hybrid_flax.models.variants import multiple_of, several, whole
 
 he_init = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 
@@ -33,11 +41,12 @@ he_init = jax.nn.initializers.variance_scaling(2, "fan_out", "normal")
 class Variant:
     """The numbers that define a GA-ResNet."""
 
-    widths: tuple[int, int, int, int]  # planes of the bottlenecks; stages have four times as many
+    # Planes of the bottlenecks; stages have four times as many. Heads have a 32nd of the last's.
+    widths: Annotated[tuple[int, int, int, int], several(4, whole(), multiple_of(8))]
     depths: tuple[int, int, int, int]
-    taps: int  # outputs inside stage 3 that are aggregated too
+    taps: Annotated[int, whole(0)]  # outputs inside stage 3 that are aggregated too
     drop_path: float  # of the last block and stage 5; the first block has 0, linear between
-    gram_dim: int = 192
+    gram_dim: Annotated[int, GRAM_DIM] = 192
     heads: int = 5
 
 
@@ -58,10 +67,12 @@ class Stem(nnx.Module):
 class ResNet(Trunk):
     """The trunk: stem, four stages of bottlenecks, their aggregation, stage 5."""
 
-    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        if image_size < 32 or image_size % 32:
-            raise InputError(f"image_size={image_size}: GA-ResNet needs a multiple of 32")
-        self.sides = (image_size - 15, image_size)
+    slack = (15, 0)
+
+    def __init__(
+        self, variant: Variant, image_size: ImageSize, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        check_size(image_size, 32, "GA-ResNet")
         self.taps = tap_places(variant.depths[2], variant.taps)
         options: Options = {"dtype": dtype, "rngs": rngs}
         dim = variant.widths[0]
@@ -119,8 +130,7 @@ class GAResNet(GramianNet):
     trunk_class = ResNet
     structure = STRUCTURE
 
-    @staticmethod
-    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+    def make_head(self, variant: Variant, num_classes: int, **options) -> Head:
         dim = 4 * variant.widths[3]
         return Head(dim, num_classes, gram_dim=variant.gram_dim, head_channels=dim // 32, **options)
 

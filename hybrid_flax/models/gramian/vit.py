@@ -11,7 +11,7 @@ Everything starts normal with deviation 0.02, biases at 0; norms have ε = 1e-6 
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import (
     Mlp,
     attention,
@@ -31,9 +30,17 @@ from hybrid_flax.layers import (
     normal_init,
     split_key,
 )
-from hybrid_flax.models.backbone import Family
+from hybrid_flax.models.backbone import Family, ImageSize, sides
 from hybrid_flax.models.gramian.heads import Head
-from hybrid_flax.models.gramian.network import STRUCTURE, GramianNet, Trunk, published
+from hybrid_flax.models.gramian.network import (
+    GRAM_DIM,
+    STRUCTURE,
+    GramianNet,
+    Trunk,
+    check_size,
+    published,
+)
+from hybrid_flax.models.variants import multiple_of
 
 PATCH = 16
 HEAD_DIM = 64
@@ -44,10 +51,10 @@ EPSILON = 1e-6
 class Variant:
     """The numbers that define a GA-ViT. Heads of the trunk are 64 channels wide."""
 
-    dim: int
+    dim: Annotated[int, multiple_of(HEAD_DIM)]
     depth: int
     head_channels: int  # of the class attention
-    gram_dim: int
+    gram_dim: Annotated[int, GRAM_DIM]
     drop_path: float  # of the last block; the first has 0, linear between
     heads: int = 5
 
@@ -77,10 +84,12 @@ class Block(nnx.Module):
 class ViT(Trunk):
     """The trunk: patches of 16×16 pixels with learned positions, blocks, a norm."""
 
-    def __init__(self, variant: Variant, image_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        if image_size < PATCH or image_size % PATCH:
-            raise InputError(f"image_size={image_size}: GA-ViT needs a multiple of {PATCH}")
-        self.sides = (image_size, image_size)
+    top = "norm"
+
+    def __init__(
+        self, variant: Variant, image_size: ImageSize, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        check_size(image_size, PATCH, "GA-ViT")
         dim = variant.dim
         self.patches = conv(
             3,
@@ -93,7 +102,8 @@ class ViT(Trunk):
             dtype=dtype,
             rngs=rngs,
         )
-        tokens = (image_size // PATCH) ** 2
+        height, width = sides(image_size)
+        tokens = (height // PATCH) * (width // PATCH)
         self.positions = nnx.Param(normal_init(rngs.params(), (tokens, dim), jnp.float32))
         (rates,) = drop_path_rates(variant.drop_path, (variant.depth,))
         self.blocks = nnx.List([Block(dim, rate, dtype=dtype, rngs=rngs) for rate in rates])
@@ -126,8 +136,7 @@ class GAViT(GramianNet):
     )
     feature_maps = ("norm",)  # of stride 16
 
-    @staticmethod
-    def make_head(variant: Variant, num_classes: int, **options) -> Head:
+    def make_head(self, variant: Variant, num_classes: int, **options) -> Head:
         return Head(
             variant.dim,
             num_classes,

@@ -19,6 +19,16 @@ GROUP_DIM = 16
 KERNEL = 3
 
 
+def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
+    """Says why a model built for `image_size` cannot take images of this height and width."""
+    if height % 32 == width % 32 == 0:
+        return None
+    return (
+        "the deformable convolution takes heights and widths that are multiples of 32. Resize "
+        "or pad the images"
+    )
+
+
 class DeformableConv(Mixer):
     """Each group of 16 channels samples nine movable points around a place and adds them weighted.
 
@@ -28,6 +38,7 @@ class DeformableConv(Mixer):
 
     norm_epsilon = 1e-5
     has_kernels = True
+    widths = (GROUP_DIM,) * 4
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups = dim // GROUP_DIM
@@ -41,15 +52,6 @@ class DeformableConv(Mixer):
         self.offsets = linear(dim, 2 * points, dtype=dtype, rngs=rngs)
         self.weights = linear(dim, points, dtype=dtype, rngs=rngs)
         self.output_proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-
-    @staticmethod
-    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        if height % 32 == width % 32 == 0:
-            return None
-        return (
-            "the deformable convolution takes heights and widths that are multiples of 32. Resize "
-            "or pad the images"
-        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         shape = (*x.shape[:3], self.groups)

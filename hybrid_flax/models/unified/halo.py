@@ -24,6 +24,17 @@ BLOCK = 7
 HALO = 3
 
 
+def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
+    """Says why a model built for `image_size` cannot take images of this height and width."""
+    unit = 8 * BLOCK  # the first map halves three times more
+    if detection or not any(-(-side // 4) % unit for side in (height, width)):
+        return None
+    return (
+        "halo attention needs maps of whole 7×7 blocks in all four stages: heights and widths "
+        "that are multiples of 224, or up to 3 less. Resize the images"
+    )
+
+
 class HaloAttention(Mixer):
     """Multi-head halo attention: 7×7 queries, 13×13 keys, heads of 32 channels.
 
@@ -34,6 +45,7 @@ class HaloAttention(Mixer):
 
     norm_epsilon = 1e-5
     has_kernels = True
+    widths = (HEAD_DIM,) * 4
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
@@ -47,16 +59,6 @@ class HaloAttention(Mixer):
         self.row_table = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
         self.column_table = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-
-    @staticmethod
-    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        unit = 8 * BLOCK  # the first map halves three times more
-        if detection or not any(-(-side // 4) % unit for side in (height, width)):
-            return None
-        return (
-            "halo attention needs maps of whole 7×7 blocks in all four stages: heights and widths "
-            "that are multiples of 224, or up to 3 less. Resize the images"
-        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         _, height, width, dim = x.shape

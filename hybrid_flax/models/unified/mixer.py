@@ -12,7 +12,7 @@ class Place(NamedTuple):
 
     stage: int  # 0 to 3
     block: int  # 0, 1, … within the stage
-    side: int  # of the stage's map, for images of the size that the model is built for
+    side: int  # of the stage's map, the shorter, for images of the size the model is built for
     detection: bool  # whether images of any size will come
     implementation: str = "auto"  # of its operation in pallas/: "auto", "pallas" or "xla"
 
@@ -25,15 +25,12 @@ class Mixer(nnx.Module):
     """
 
     norm_epsilon = 1e-6  # of both norms of its blocks
+    widths = (1, 1, 1, 1)  # what the channels of each stage must be multiples of
+    needs_square = False  # whether it is built for images of one side
     has_kernels = False  # whether it has an operation of `pallas/`
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Builds a mixer of `dim` channels that computes in `dtype`."""
-
-    @staticmethod
-    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        """Says why a model built for `image_size` cannot take images of this height and width."""
-        return None
 
     def add_positions(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         """Adds learned positions to the block's input, before its first norm; most have none."""

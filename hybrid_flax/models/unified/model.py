@@ -14,6 +14,8 @@ Shapes: B images, H×W map, C channels.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,9 +40,10 @@ from hybrid_flax.layers import (
     scaled,
     split_key,
 )
-from hybrid_flax.models.backbone import Backbone, Family, Maps
+from hybrid_flax.models.backbone import Backbone, Family, ImageSize, Maps, sides, square
 from hybrid_flax.models.info import EvalTransform, ModelInfo
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.models.unified import deformable, halo, pvt, swin
 from hybrid_flax.models.unified.deformable import DeformableConv
 from hybrid_flax.models.unified.depthwise import DepthwiseMixer
 from hybrid_flax.models.unified.halo import HaloAttention
@@ -54,6 +57,13 @@ MIXERS: dict[str, type[Mixer]] = {
     "swin": ShiftedWindowAttention,
     "convnext": DepthwiseMixer,
     "internimage": DeformableConv,
+}
+# Why images of some size cannot be taken, where a mixer does not take all.
+REFUSALS: dict[str, Callable[[int, int, int, bool], str | None]] = {
+    "halonet": halo.refusal,
+    "pvt": pvt.refusal,
+    "swin": swin.refusal,
+    "internimage": deformable.refusal,
 }
 EPSILON = 1e-6  # of the norms between blocks
 LAYER_SCALE = 1e-6  # initial γ
@@ -221,14 +231,18 @@ class Unified(Backbone):
         variant: Variant,
         *,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         dtype: DTypeLike,
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         if variant.mixer not in MIXERS:
             raise InputError(f"unknown mixer {variant.mixer!r}. Known: {', '.join(MIXERS)}")
-        if implementation != "auto" and not MIXERS[variant.mixer].has_kernels:
+        mixer = MIXERS[variant.mixer]
+        _check_dims(variant, mixer)
+        if mixer.needs_square:
+            image_size = square(image_size, f"a unified model with the mixer {variant.mixer}")
+        if implementation != "auto" and not mixer.has_kernels:
             raise InputError(
                 f"implementation={implementation!r}: the mixer {variant.mixer} has no operation "
                 "with kernels to choose for; leave it 'auto'"
@@ -239,7 +253,7 @@ class Unified(Backbone):
             self.feature_maps = ("out1", "out2", "out3", "out4")
         self.image_size = image_size
         self.dtype = dtype
-        if reason := self.refusal(image_size, image_size):
+        if reason := self.refusal(*sides(image_size)):
             raise InputError(f"image_size={image_size}: {reason}")
 
         self.stem = Stem(variant.dims[0], dtype=dtype, rngs=rngs)
@@ -249,7 +263,7 @@ class Unified(Backbone):
                 Stage(
                     variant,
                     i,
-                    image_size // (4 * 2**i),
+                    min(sides(image_size)) // (4 * 2**i),
                     rates[i],
                     implementation=implementation,
                     dtype=dtype,
@@ -261,6 +275,8 @@ class Unified(Backbone):
         if not variant.detection:
             last, wide = variant.dims[-1], variant.dims[-1] * 3 // 2
             self.conv_head = ConvHead(last, wide, dtype=dtype, rngs=rngs)
+        self.num_classes = 0 if variant.detection else num_classes
+        if self.num_classes:
             self.head = linear(wide, num_classes, dtype=jnp.float32, rngs=rngs)
 
     def classify(self, x: Float[Array, "*B C"]) -> Float[Array, "*B classes"]:
@@ -286,6 +302,7 @@ class Unified(Backbone):
         if not self.detection:
             maps["conv_head"] = self.conv_head(x, train)
             maps["pooled"] = maps["conv_head"].mean((1, 2), dtype=jnp.float32)
+        if self.num_classes:
             maps["logits"] = self.head(maps["pooled"])
         return maps
 
@@ -293,7 +310,19 @@ class Unified(Backbone):
         variant = self.variant
         if min(height, width) < 1:
             return "images have at least one pixel"
-        return MIXERS[variant.mixer].refusal(height, width, self.image_size, variant.detection)
+        refusal = REFUSALS.get(variant.mixer)
+        if refusal is None:
+            return None
+        return refusal(height, width, min(sides(self.image_size)), variant.detection)
+
+
+def _check_dims(variant: Variant, mixer: type[Mixer]) -> None:
+    units = tuple(math.lcm(unit, 2) if i == 0 else unit for i, unit in enumerate(mixer.widths))
+    if any(dim % unit for dim, unit in zip(variant.dims, units, strict=True)):
+        raise InputError(
+            f"dims={variant.dims}: expected multiples of {units}, stage by stage: the heads or "
+            f"groups of the mixer {variant.mixer}, and half of the first in the stem"
+        )
 
 
 def tiny(variant: Variant) -> dict[str, Any]:

@@ -19,6 +19,22 @@ HEADS = (1, 2, 5, 8)  # by stage, like
 REDUCTIONS = (8, 4, 2, 1)
 
 
+def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
+    """Says why a model built for `image_size` cannot take images of this height and width."""
+    smallest = image_size - 3
+    if image_size < 32 or image_size % 32:
+        return "PVT must be built for a multiple of 32, by its position maps"
+    if detection and min(height, width) < 29:
+        return "the first stage of PVT needs 29 pixels, 8 places of its map, to reduce"
+    if detection or all(smallest <= side <= image_size for side in (height, width)):
+        return None
+    return (
+        f"this PVT's position maps were built for image_size={image_size} and fit heights and "
+        f"widths from {smallest} to {image_size}. Resize the images, or build the model for "
+        "their size: create_model(..., image_size=...), a multiple of 32"
+    )
+
+
 class SpatialReductionAttention(Mixer):
     """Every place attends to a reduced map: one key and value for r×r places, r = 8, 4, 2, 1.
 
@@ -27,6 +43,8 @@ class SpatialReductionAttention(Mixer):
     """
 
     norm_epsilon = 1e-5
+    widths = HEADS
+    needs_square = True  # its position maps
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = HEADS[place.stage]
@@ -52,21 +70,6 @@ class SpatialReductionAttention(Mixer):
             self.norm = layer_norm(dim, dtype=dtype, rngs=rngs)
         self.kv = linear(dim, 2 * dim, dtype=dtype, rngs=rngs)
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-
-    @staticmethod
-    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        smallest = image_size - 3
-        if image_size < 32 or image_size % 32:
-            return "PVT must be built for a multiple of 32, by its position maps"
-        if detection and min(height, width) < 29:
-            return "the first stage of PVT needs 29 pixels, 8 places of its map, to reduce"
-        if detection or all(smallest <= side <= image_size for side in (height, width)):
-            return None
-        return (
-            f"this PVT's position maps were built for image_size={image_size} and fit heights and "
-            f"widths from {smallest} to {image_size}. Resize the images, or build the model for "
-            "their size: create_model(..., image_size=...), a multiple of 32"
-        )
 
     def add_positions(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         if not self.has_positions:

@@ -27,6 +27,23 @@ def _window(side: int) -> int:
     return min(WINDOW, side)
 
 
+def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
+    """Says why a model built for `image_size` cannot take images of this height and width."""
+    if detection:
+        return None
+    for stage in range(4):
+        stride = 4 * 2**stage
+        rows, columns = -(-height // stride), -(-width // stride)
+        window = _window(image_size // stride)
+        if window == 0 or rows % window or columns % window:
+            return (
+                f"stage {stage + 1} would have a map of {rows}×{columns}, which is not made of "
+                f"whole {window}×{window} windows. Swin takes heights and widths that are "
+                "multiples of 224, or up to 3 less"
+            )
+    return None
+
+
 class ShiftedWindowAttention(Mixer):
     """Multi-head attention in 7×7 windows, shifted by 3 in every other block; heads of 32 channels.
 
@@ -38,6 +55,8 @@ class ShiftedWindowAttention(Mixer):
     """
 
     has_kernels = True
+    widths = (HEAD_DIM,) * 4
+    needs_square = True  # its windows follow from one side
 
     def __init__(self, dim: int, place: Place, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = dim // HEAD_DIM
@@ -49,22 +68,6 @@ class ShiftedWindowAttention(Mixer):
         shape = ((2 * self.window - 1) ** 2, self.heads)
         self.position_bias = nnx.Param(normal_init(rngs.params(), shape, jnp.float32))
         self.proj = linear(dim, dim, dtype=dtype, rngs=rngs)
-
-    @staticmethod
-    def refusal(height: int, width: int, image_size: int, detection: bool) -> str | None:
-        if detection:
-            return None
-        for stage in range(4):
-            stride = 4 * 2**stage
-            rows, columns = -(-height // stride), -(-width // stride)
-            window = _window(image_size // stride)
-            if window == 0 or rows % window or columns % window:
-                return (
-                    f"stage {stage + 1} would have a map of {rows}×{columns}, which is not made of "
-                    f"whole {window}×{window} windows. Swin takes heights and widths that are "
-                    "multiples of 224, or up to 3 less"
-                )
-        return None
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         _, height, width, dim = x.shape
