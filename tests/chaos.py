@@ -260,7 +260,7 @@ class Chaos:
         }[fault.stop]
         if status not in allowed:
             raise Failure(f"status {status} after {fault.stop!r}; see {self.log}")
-        saves = status == 143 and in_loop and fault.stop == "sigterm"  # a second one ends it at once
+        saves = status == 143 and in_loop and fault.stop == "sigterm"  # a second one does not wait
         if saves and self._intact()[-1][0] < self.run.step():
             raise Failure(f"stopped at step {self.run.step()}, but it was not saved")
 
