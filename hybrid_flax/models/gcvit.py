@@ -322,8 +322,9 @@ class GCViT(Backbone):
         return self.head(x)
 
     def refusal(self, height: int, width: int) -> str | None:
-        smallest = self.image_size - 3
-        if all(smallest <= side <= self.image_size for side in (height, width)):
+        largest = square(self.image_size, "GC ViT")
+        smallest = largest - 3
+        if all(smallest <= side <= largest for side in (height, width)):
             return None
         return (
             f"this GC ViT was built for image_size={self.image_size} and takes heights and widths "

@@ -40,7 +40,7 @@ def _file(given: str) -> str:
         return given
     path = pathlib.PurePath(name)
     own = CONFIGS / f"{path.name.removesuffix('.py')}.py"
-    if path.parent.name in ("", "configs") and own.exists() and own.stem != "__init__":
+    if path.parent.name in ("", "configs") and os.path.exists(own) and own.stem != "__init__":
         return f"{own}{colon}{arguments}"
     close = difflib.get_close_matches(own.stem, [file.stem for file in CONFIGS.glob("*.py")], n=3)
     raise InputError(
