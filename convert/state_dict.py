@@ -177,9 +177,11 @@ def own_image_size(
         for key, shape in here.items()
         if key in state and len(state[key].shape) == len(shape) and state[key].shape != shape
     }
-    tried = {model.image_size}
+    here_size = model.image_size
+    assert isinstance(here_size, int)  # as releases are
+    tried = {here_size}
     for theirs, ours in itertools.islice(differ.values(), _TABLES):
-        for size in _sizes(theirs, ours, model.image_size):
+        for size in _sizes(theirs, ours, here_size):
             if size in tried:
                 continue
             tried.add(size)
@@ -189,7 +191,7 @@ def own_image_size(
                 continue
             if all(state[key].shape == shapes.get(key) for key in here if key in state):
                 return size
-    return model.image_size
+    return here_size
 
 
 _TABLES = 8  # that are looked at for an image size

@@ -104,6 +104,7 @@ def verify(
     as_released = (classes, model.image_size) == (1000, info.image_size)
     check("parameters", not as_released or count == info.parameters, detail)
 
+    assert isinstance(model.image_size, int)  # as releases are
     batch = _images(info, model.image_size, images)
     run = jax.jit(as_recording_function(model))
     logits, ours = run(bridge.get_weights(model), jnp.asarray(batch))

@@ -17,7 +17,7 @@ def adapt(
     """Weights for a model, taken from another checkpoint wherever they can be.
 
     A classifier for another number of classes is left fresh, and position tables of another image
-    size are resized; both are printed.
+    size are resized; both are printed. A model without a classifier takes none.
 
     Args:
       loaded: {path: array} of the checkpoint.
@@ -53,6 +53,8 @@ def adapt(
             shapes.append(f"{path}: checkpoint {tuple(array.shape)}, this model {leaf.shape}")
     missing = [path for path in fresh if path not in loaded]
     unexpected = [path for path in loaded if path not in fresh]
+    if not any(structure.is_classifier(path) for path in fresh):  # num_classes=0, for features
+        unexpected = [path for path in unexpected if not structure.is_classifier(path)]
     if missing or unexpected or shapes:
         raise InputError(
             f"the weights of {origin} are not of this model; nothing was loaded. Give the same "

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 DOORS = {"hybrid_flax.checkpoints", "hybrid_flax.data.inspect"}  # for old names, which say the new
+INNER = {"hybrid_flax.data.sources.table_scan"}  # what another program starts
 PROGRAMS = ("hybrid_flax", "convert", "benchmarks", "docs")
 
 
@@ -68,7 +69,7 @@ def test_every_program_has_its_row():
         for file in files
         if '__name__ == "__main__"' in file.read_text()
     }
-    assert programs - DOORS == {name for name in listed if not name.startswith("tests.")}
+    assert programs - DOORS - INNER == {name for name in listed if not name.startswith("tests.")}
 
 
 def test_every_page_is_linked():
