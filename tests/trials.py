@@ -26,7 +26,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from hybrid_flax.errors import InputError
-from tests.trial_inputs import KINDS
+from tests.trial_inputs import KINDS, Trial
 
 SECONDS = 30  # that one input may take
 USED, REFUSED, FAILED = "used", "refused", "failures"
@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 
 def outcome(kind: str, number: int, seed: int, folder: pathlib.Path) -> tuple[str, str]:
     """(USED, REFUSED or FAILED, why) for one input."""
-    trial = KINDS[kind](f"{seed}/{kind}/{number}", folder)
+    trial: Trial = KINDS[kind](f"{seed}/{kind}/{number}", folder)
     try:
         trial.use()
     except InputError as error:
