@@ -14,6 +14,16 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.saving import execution
 
 
+class _WithoutOrbaxTraces(logging.Filter):
+    """Leaves out the stack traces that Orbax's threads log of errors which it raises as well."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_WithoutOrbaxTraces())
+
+
 def save_async(folder: epath.Path, parts: dict[str, Any]) -> ocp.AsyncResponse[None]:
     """Begins to write parts of a checkpoint, {name: tree or JSON}, into a folder that is not there.
 
