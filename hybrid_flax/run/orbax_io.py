@@ -5,7 +5,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,15 @@ class _WithoutOrbaxTraces(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_WithoutOrbaxTraces())
+
+
+def _unraisable(found: Any, before: Callable[[Any], object] = sys.unraisablehook) -> None:
+    """Writes of a save that failed end after it, and find its event loop closed: no news."""
+    if not (isinstance(found.exc_value, RuntimeError) and "loop is closed" in str(found.exc_value)):
+        before(found)
+
+
+sys.unraisablehook = _unraisable
 
 
 def save_async(folder: epath.Path, parts: dict[str, Any]) -> ocp.AsyncResponse[None]:
