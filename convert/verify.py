@@ -37,6 +37,7 @@ from hybrid_flax.data.images import open_photo, rgb
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.info import ModelInfo
+from hybrid_flax.settings.arguments import with_home
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_recording_function
 
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="DIR", help="folder of images; default: built-in ones")
     parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     try:
         if (options.file is None) != options.download:
             raise InputError("give either the file or --download")

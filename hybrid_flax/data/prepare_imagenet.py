@@ -30,6 +30,7 @@ from hybrid_flax.data.sources import index_file
 from hybrid_flax.data.sources.tar_members import members
 from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings.arguments import with_home
 
 
 class Split(NamedTuple):
@@ -268,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train_tar", "--train-tar", metavar="ILSVRC2012_img_train.tar")
     parser.add_argument("--val_tar", "--val-tar", metavar="ILSVRC2012_img_val.tar")
     parser.add_argument("--out", required=True, help="TFDS's data folder: --config.dataset.path")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     tars = {"train": options.train_tar, "validation": options.val_tar}
     try:
         tars = {name: tar for name, tar in tars.items() if tar}
