@@ -10,10 +10,10 @@ import os
 import sys
 
 import jax
-import numpy as np
 
 import convert
 from convert.state_dict import model_from_state_dict
+from convert.tensors import check_finite
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
@@ -58,14 +58,9 @@ def _convert(options: argparse.Namespace) -> str:
     model, num_classes = model_from_state_dict(options.model, state, image_size=options.image_size)
     weights = bridge.get_weights(model)
     flat = flatten(weights)
-    infinite = [path for path, leaf in flat.items() if not np.isfinite(leaf).all()]
-    if infinite:
-        more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
-        raise InputError(
-            f"{options.file}: not all values are finite in {', '.join(infinite[:3])}{more}"
-        )
+    check_finite(flat, options.file)
     if options.class_map:
-        rows = read_class_map(options.class_map)
+        rows = read_class_map(options.class_map, None)
         weights = unflatten_like(weights, select_classes(flat, rows, model.structure))
         num_classes = len(rows)
 
