@@ -32,6 +32,7 @@ from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Dataset
 from hybrid_flax.start import open_trained
+from hybrid_flax.text_files import check_local
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights.functions import as_function
 
@@ -113,6 +114,7 @@ def _annotating_step(apply, dataset: Dataset, mesh: Mesh):
 
 
 def _check_out(out: str) -> None:
+    check_local(out, "--out")
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:

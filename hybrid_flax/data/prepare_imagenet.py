@@ -31,6 +31,7 @@ from hybrid_flax.data.sources.tar_members import members
 from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings.arguments import with_home
+from hybrid_flax.text_files import check_local
 
 
 class Split(NamedTuple):
@@ -71,6 +72,7 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
+    check_local(out, "--out")
     builder = open_builder("imagenet2012", out)
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     folder = pathlib.Path(os.fspath(builder.data_dir))
