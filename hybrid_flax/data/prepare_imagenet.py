@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 
 from hybrid_flax.data.sources import index_file
-from hybrid_flax.data.sources.tar_members import members
+from hybrid_flax.data.sources.tar_members import compression, members
 from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings.arguments import with_home
@@ -167,6 +167,11 @@ def _members(tar: str, split: str) -> Iterator[tuple[str, str, int, int]]:
 
     try:
         with open(tar, "rb") as stream:
+            if kind := compression(stream.read(8)):
+                raise InputError(
+                    f"cannot read {tar}: it is compressed ({kind}), which the original is not. "
+                    "Unpack it to plain .tar"
+                )
             for outer in files(stream, 0, os.path.getsize(tar)):
                 if split != "train":
                     yield os.path.basename(outer.name), "", outer.offset, outer.size
