@@ -172,7 +172,12 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="numpy") as file:
             for key in file.keys():
                 arrays[key] = file.get_tensor(key)
-    except Exception as error:  # of its header, or a dtype, rank or shape that NumPy has not
+    except AttributeError as error:  # safetensors looks for it in NumPy
+        raise InputError(
+            f"{path}: {shorten(key)!r} is of a type that NumPy has not ({shorten(str(error))}). "
+            "Save the weights as float32, float16 or bfloat16"
+        ) from error
+    except Exception as error:  # of its header, or a rank or shape that NumPy has not
         where = f" at {shorten(key)!r}" if key else ""
         raise InputError(
             f"{path} is damaged, or not a safetensors file that can be read here{where} "

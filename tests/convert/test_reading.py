@@ -201,6 +201,14 @@ def test_safetensors_beyond_numpy_are_refused_by_key(tmp_path, shape, dtype):
         convert.load_checkpoint(file)
 
 
+def test_safetensors_of_a_type_that_numpy_has_not_are_not_called_damaged(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"head.weight": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
+    with pytest.raises(InputError, match="'head.weight' is of a type that NumPy has not"):
+        convert.load_checkpoint(tmp_path / "fp8.safetensors")
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(InputError, match=r"pipe.pth is a pipe or a device; expected a checkpoint"):
