@@ -10,13 +10,14 @@ import os
 import sys
 
 import jax
-import numpy as np
 
 import convert
 from convert.state_dict import model_from_state_dict
+from convert.tensors import check_finite
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.settings.arguments import with_home
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.class_map import read_class_map, select_classes
 from hybrid_flax.weights.paths import flatten, unflatten_like
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--class_map", metavar="FILE", help="keep only these rows of the classifier, one a line"
     )
     parser.add_argument("--image_size", type=int, help="pixels; default: as the file's tables say")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     try:
         print(_convert(options))
     except (InputError, TrainingError, OSError) as error:
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> str:
     info = registry.model_info(options.model)
+    if not options.out:
+        raise InputError("--out is empty: expected a folder to write to")
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
@@ -55,14 +58,9 @@ def _convert(options: argparse.Namespace) -> str:
     model, num_classes = model_from_state_dict(options.model, state, image_size=options.image_size)
     weights = bridge.get_weights(model)
     flat = flatten(weights)
-    infinite = [path for path, leaf in flat.items() if not np.isfinite(leaf).all()]
-    if infinite:
-        more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
-        raise InputError(
-            f"{options.file}: not all values are finite in {', '.join(infinite[:3])}{more}"
-        )
+    check_finite(flat, options.file)
     if options.class_map:
-        rows = read_class_map(options.class_map)
+        rows = read_class_map(options.class_map, None)
         weights = unflatten_like(weights, select_classes(flat, rows, model.structure))
         num_classes = len(rows)
 

@@ -1,6 +1,7 @@
 """Reading the files that PyTorch weights are released in, without running anything they contain."""
 
 import os
+import re
 import stat
 import zipfile
 from typing import Any
@@ -12,7 +13,10 @@ from convert.entries import AVERAGED, find_weights
 from convert.tensors import is_array, shorten, to_arrays
 from hybrid_flax.errors import InputError
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# Parts of keys that wrappers around some modules, or all, put in: torch.compile, FSDP, activation
+# checkpointing.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = "module."  # DistributedDataParallel, and no name for others
 
 
 def load_checkpoint(
@@ -21,8 +25,9 @@ def load_checkpoint(
     """Reads a released checkpoint into {key: array}.
 
     Takes PyTorch files (`.pth`, `.pth.tar`, `.pt`, zip or legacy format) and safetensors; the
-    content decides, not the file's name. The prefixes of wrapped models, `module.` and
-    `_orig_mod.`, are removed where all keys have them. What lies beside the weights is left out,
+    content decides, not the file's name. What wrappers put into keys is removed: `_orig_mod.`
+    (torch.compile), `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.` anywhere, `module.`
+    where all keys begin with it. What lies beside the weights is left out,
     and said where that may surprise.
 
     Args:
@@ -56,10 +61,22 @@ def load_checkpoint(
     beside = [str(key) for key, value in found.weights.items() if not is_array(value)]
     if beside and arrays and found.entry != ".":
         print(f"{path}: left out, being no arrays: {shorten(', '.join(beside[:5]))}")
-    for wrapper in _WRAPPERS * 2:
-        if arrays and all(isinstance(key, str) and key.startswith(wrapper) for key in arrays):
-            arrays = {key.removeprefix(wrapper): value for key, value in arrays.items()}
-    return to_arrays(arrays, path)
+    return to_arrays(_unwrapped(arrays, path), path)
+
+
+def _unwrapped(arrays: dict[Any, Any], path: str) -> dict[Any, Any]:
+    """The arrays by the keys that they had without wrappers."""
+    if not all(isinstance(key, str) for key in arrays):
+        return arrays
+    found = {_WRAPPERS.sub("", key): value for key, value in arrays.items()}
+    if len(found) < len(arrays):
+        raise InputError(
+            f"{path} has some weights twice, with and without the parts of keys that "
+            "torch.compile or FSDP put in"
+        )
+    while found and all(key.startswith(_PARALLEL) for key in found):
+        found = {key.removeprefix(_PARALLEL): value for key, value in found.items()}
+    return found
 
 
 def _read(path: str) -> Any:
@@ -155,7 +172,12 @@ def _load_safetensors(path: str) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="numpy") as file:
             for key in file.keys():
                 arrays[key] = file.get_tensor(key)
-    except Exception as error:  # of its header, or a dtype, rank or shape that NumPy has not
+    except AttributeError as error:  # safetensors looks for it in NumPy
+        raise InputError(
+            f"{path}: {shorten(key)!r} is of a type that NumPy has not ({shorten(str(error))}). "
+            "Save the weights as float32, float16 or bfloat16"
+        ) from error
+    except Exception as error:  # of its header, or a rank or shape that NumPy has not
         where = f" at {shorten(key)!r}" if key else ""
         raise InputError(
             f"{path} is damaged, or not a safetensors file that can be read here{where} "

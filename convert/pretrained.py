@@ -9,6 +9,7 @@ import numpy as np
 import convert
 from convert.download import download
 from convert.state_dict import model_from_state_dict
+from convert.tensors import check_finite
 from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights import bridge
@@ -43,10 +44,12 @@ def released_weights(
         published, downloaded if need be.
 
     Raises:
-      InputError: no weights are to be had, or the file is not of this model.
+      InputError: no weights are to be had, the file is not of this model, or not all are finite.
     """
     info = registry.model_info(name)
     file = download(name, info) if file is None else pathlib.Path(file)
     state = convert.load_checkpoint(file, published=info.weights_entry)
     model, _ = model_from_state_dict(name, state)
-    return flatten(bridge.get_weights(model)), file
+    weights = flatten(bridge.get_weights(model))
+    check_finite(weights, str(file))
+    return weights, file

@@ -27,6 +27,14 @@ def to_arrays(state: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
     return {_key(key, where): _to_numpy(value, key, where) for key, value in state.items()}
 
 
+def check_finite(weights: Mapping[str, Any], where: str) -> None:
+    """Raises InputError, naming some, if there are weights that are NaN or infinite."""
+    wrong = [path for path, array in weights.items() if not np.isfinite(array).all()]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(f"{where}: not all values are finite in {', '.join(wrong[:3])}{more}")
+
+
 def _key(key: Any, where: str) -> str:
     if not isinstance(key, str):
         raise InputError(

@@ -34,9 +34,13 @@ from convert.state_dict import (
 )
 from hybrid_flax.data import eval_crop
 from hybrid_flax.data.images import open_photo, rgb
+from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, MOST_BYTES
+from hybrid_flax.data.sources.walk import say, walk
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.info import ModelInfo
+from hybrid_flax.settings.arguments import with_home
+from hybrid_flax.text_files import read_bytes
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_recording_function
 
@@ -183,12 +187,14 @@ def _images(info: ModelInfo, image_size: int, folder: str | None) -> np.ndarray:
 
         photographs = [Image.fromarray(array) for array in load_sample_images().images]
     else:
-        suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-        found = pathlib.Path(folder).rglob("*")
-        files = sorted(p for p in found if p.suffix.lower() in suffixes and p.is_file())
-        if not files:
-            raise InputError(f"--images={folder} holds no {', '.join(suffixes)} files")
-        photographs = [rgb(open_photo(path.read_bytes(), str(path))) for path in files[:16]]
+        found = walk(folder, IMAGE_SUFFIXES)
+        if not found.files:
+            raise InputError(
+                f"--images={folder} holds no {', '.join(IMAGE_SUFFIXES)} files"
+                + (f"; left out: {say(found.reasons(folder))}" if found.left_out else "")
+            )
+        files = found.files[:16]
+        photographs = [rgb(open_photo(read_bytes(file, MOST_BYTES), file)) for file in files]
     crop = info.eval_transform
     pixels = [
         eval_crop(
@@ -240,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="DIR", help="folder of images; default: built-in ones")
     parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     try:
         if (options.file is None) != options.download:
             raise InputError("give either the file or --download")

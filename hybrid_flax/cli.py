@@ -24,7 +24,7 @@ from hybrid_flax.run.output import attended
 from hybrid_flax.run.stop_signal import Stopped
 from hybrid_flax.run.supervision import supervised
 from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
-from hybrid_flax.settings.arguments import override, take_overrides, with_found_config
+from hybrid_flax.settings.arguments import override, take_overrides, with_found_config, with_home
 from pallas.dispatch import UnservedShapeError
 
 _HELP = ("-h", "-help", "--help", "-?", "--?", "--helpshort", "--helpfull")
@@ -45,6 +45,7 @@ def run(
 
     Exits as `ending` says.
     """
+    sys.argv = with_home(sys.argv)
     given, overrides = take_overrides(_in_present_names(sys.argv))
     try:
         given = with_found_config(given)

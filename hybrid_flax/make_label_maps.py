@@ -32,6 +32,7 @@ from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Dataset
 from hybrid_flax.start import open_trained
+from hybrid_flax.text_files import check_local
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights.functions import as_function
 
@@ -73,14 +74,24 @@ def main(
         num_workers=settings.dataset.num_workers,
         need_some=False,  # those that a run before this one could not read may be all there are
     )
+    unusable: list[int] = []  # images whose logits are not finite
     with contextlib.closing(batches), tqdm(total=len(missing), unit="image") as bar:
         for batch in batches:
             images = to_devices({"image": batch["image"]}, mesh)["image"]
             maps = np.asarray(annotate(weights, images))
             for label_map, index, counts in zip(maps, batch["index"], batch["mask"], strict=True):
-                if counts:
+                if counts and np.isfinite(label_map[0]).all():
                     _save(label_map, files[missing[index]], out)
+                elif counts:
+                    unusable.append(missing[index])
             bar.update(int(batch["mask"].sum()))
+    if unusable:
+        raise InputError(
+            f"{len(unusable)} of {len(missing)} images get no map, such as "
+            f"{source.name(unusable[0])}: their logits are NaN, infinite, or beyond the 65504 of "
+            "float16. The weights are not usable as they are; with --config.model.dtype=float32 "
+            "fewer numbers overflow"
+        )
     return 0
 
 
@@ -103,6 +114,7 @@ def _annotating_step(apply, dataset: Dataset, mesh: Mesh):
 
 
 def _check_out(out: str) -> None:
+    check_local(out, "--out")
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:

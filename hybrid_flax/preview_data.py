@@ -27,6 +27,7 @@ from hybrid_flax.data.sources.base import check_labels
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings import Settings
+from hybrid_flax.text_files import check_local
 
 _COLUMNS, _ROWS, _TILE, _CAPTION = 8, 5, 160, 14  # of the picture; the last two in pixels
 _SAMPLE = 500  # images whose sizes are looked at
@@ -45,6 +46,7 @@ def inspect(config: ml_collections.ConfigDict, folder: str, *, seconds: float = 
     Raises:
       InputError: the config or the data cannot be used.
     """
+    check_local(folder, "--workdir")
     settings, source = open_split(config, "train")
     transform = TrainTransform.from_config(settings, source)
     file = os.path.join(folder, "inspect.png")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,6 +14,15 @@ _LARGEST_JSON = 1 << 30  # bytes
 _BOM = b"\xef\xbb\xbf"
 
 File = str | os.PathLike[str]
+
+
+def check_local(path: str, flag: str) -> None:
+    """Raises InputError, naming the flag, for a URL: taken as a path it is a folder `gs:`."""
+    if re.match(r"[A-Za-z][\w+.-]+://", path):
+        raise InputError(
+            f"{flag}={path}: it is written to with local paths only. Give a local folder, and copy "
+            "that afterwards"
+        )
 
 
 def open_regular(file: File) -> BinaryIO:

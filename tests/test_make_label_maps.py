@@ -73,6 +73,19 @@ def test_maps_hold_the_highest_logits_of_every_place(annotated, folder, capsys):
     assert (out / "bee" / "bee_2.pt").stat().st_mtime_ns == untouched
 
 
+def test_maps_of_logits_that_are_not_finite_are_not_written(annotated, folder):
+    config, out, model = annotated
+    weights = bridge.get_weights(model)
+    weights["params"]["head"]["bias"] = jnp.full(2, 1e5)  # float16 ends at 65504
+    checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
+    checkpoints.save(1, weights, {"model": config.model.name})
+    checkpoints.wait()
+    (out / "bee" / "bee_2.pt").unlink()
+    with pytest.raises(InputError, match=r"1 of 1 images get no map, such as .*bee_2.png: their"):
+        hybrid_flax.make_label_maps.main(config, str(folder / "run"), str(out))
+    assert not (out / "bee" / "bee_2.pt").exists()
+
+
 def tklb(folder, maps, **overrides):
     """Two steps of a tiny token-labelled GLNet."""
     config = tiny.get_config(

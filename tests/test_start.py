@@ -117,6 +117,10 @@ def test_a_released_file_is_read(model, tmp_path, monkeypatch, capsys):
     assert f"starting from the released weights of {file}" in said
     assert "the classifier for 10 classes is replaced by a fresh one for 3" in said
 
+    torch.save({"state_dict": state | {"head.bias": torch.full((10,), torch.nan)}}, file)
+    with pytest.raises(ValueError, match="released.pth: not all values are finite in params/head"):
+        started(init_from=str(file))
+
 
 def test_pretrained_takes_the_published_file(model, monkeypatch):
     asked = []

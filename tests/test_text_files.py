@@ -5,8 +5,12 @@ import random
 
 import pytest
 
+from hybrid_flax import make_label_maps, preview_data
+from hybrid_flax.data import prepare_imagenet
+from hybrid_flax.data.sources import index_file
 from hybrid_flax.errors import InputError
-from hybrid_flax.text_files import parse_json, read_bytes, read_json, read_lines
+from hybrid_flax.text_files import check_local, parse_json, read_bytes, read_json, read_lines
+from tests import tiny
 
 
 @pytest.fixture
@@ -89,3 +93,28 @@ def test_damaged_json_is_read_or_refused():
             data[rng.randrange(len(data))] = rng.randrange(256)
         with contextlib.suppress(InputError):
             parse_json(bytes(data), "a file")
+
+
+def test_urls_are_no_local_folders():
+    for path in ("run", "/data/a:b", "C:/maps", "./gs://x", ""):
+        check_local(path, "--out")
+    for url in ("gs://bucket/maps", "file:///maps", "s3://b"):
+        with pytest.raises(InputError, match=f"--out={url}: .*Give a local folder"):
+            check_local(url, "--out")
+
+
+@pytest.mark.parametrize(
+    "program", ["make_label_maps", "prepare_imagenet", "preview_data", "index"]
+)
+def test_programs_that_write_with_local_paths_take_no_url(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "gs://bucket/x"
+    calls = {
+        "make_label_maps": lambda: make_label_maps._check_out(url),
+        "prepare_imagenet": lambda: prepare_imagenet.prepare({}, url),
+        "preview_data": lambda: preview_data.inspect(tiny.get_config(), url),
+        "index": lambda: index_file.load_or_make("a", url, "", "", dict, bool),
+    }
+    with pytest.raises(InputError, match="local folder"):
+        calls[program]()
+    assert not os.listdir(tmp_path)

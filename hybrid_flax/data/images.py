@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings.together import LARGEST_RESIZE
 
 # What is opened at all: the formats of image datasets, by Pillow's names. Everything else that
 # Pillow knows (PostScript, which it hands to Ghostscript, HDF5, GRIB, WMF, …) is only a risk.
@@ -148,13 +149,28 @@ def eval_crop(
       uint8 [image_size, image_size, 3].
 
     Raises:
-      InputError: unknown mode or filter, a fraction below 0.01 or above 1, or an unreadable photo.
+      InputError: unknown mode or filter, a fraction below 0.01 or above 1, a size that is no whole
+        number or needs more than 32,768 pixels before the crop, no Pillow image, or an unreadable
+        one.
     """
+    if not isinstance(photo, Image.Image):
+        raise InputError(
+            f"the photo is a {type(photo).__name__}; expected a Pillow image: PIL.Image.open(FILE) "
+            "or PIL.Image.fromarray(ARRAY), uint8 [H, W, 3]"
+        )
     if not isinstance(crop_fraction, int | float):
         transform = crop_fraction
+        if not hasattr(transform, "crop_fraction"):
+            raise InputError(f"crop_fraction={transform!r}: expected a number above 0, up to 1")
         crop_fraction, crop_mode = transform.crop_fraction, transform.crop_mode
         interpolation = transform.interpolation
     check_eval_crop(crop_fraction, crop_mode)
+    whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
+    if not whole or not 1 <= image_size <= LARGEST_RESIZE * crop_fraction:
+        raise InputError(
+            f"image_size={image_size!r}: expected a whole number of pixels, at least 1, for images "
+            f"of at most {LARGEST_RESIZE} pixels before the crop"
+        )
     resample = pillow_filter(interpolation)
     resized = math.floor(image_size / crop_fraction)
     photo = rgb(photo)

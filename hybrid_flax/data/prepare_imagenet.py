@@ -27,9 +27,11 @@ import numpy as np
 import tqdm
 
 from hybrid_flax.data.sources import index_file
-from hybrid_flax.data.sources.tar_members import members
+from hybrid_flax.data.sources.tar_members import compression, members
 from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
+from hybrid_flax.settings.arguments import with_home
+from hybrid_flax.text_files import check_local
 
 
 class Split(NamedTuple):
@@ -70,6 +72,7 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
+    check_local(out, "--out")
     builder = open_builder("imagenet2012", out)
     builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     folder = pathlib.Path(os.fspath(builder.data_dir))
@@ -164,6 +167,11 @@ def _members(tar: str, split: str) -> Iterator[tuple[str, str, int, int]]:
 
     try:
         with open(tar, "rb") as stream:
+            if kind := compression(stream.read(8)):
+                raise InputError(
+                    f"cannot read {tar}: it is compressed ({kind}), which the original is not. "
+                    "Unpack it to plain .tar"
+                )
             for outer in files(stream, 0, os.path.getsize(tar)):
                 if split != "train":
                     yield os.path.basename(outer.name), "", outer.offset, outer.size
@@ -268,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train_tar", "--train-tar", metavar="ILSVRC2012_img_train.tar")
     parser.add_argument("--val_tar", "--val-tar", metavar="ILSVRC2012_img_val.tar")
     parser.add_argument("--out", required=True, help="TFDS's data folder: --config.dataset.path")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     tars = {"train": options.train_tar, "validation": options.val_tar}
     try:
         tars = {name: tar for name, tar in tars.items() if tar}

@@ -4,6 +4,7 @@ import ast
 import difflib
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,16 @@ from hybrid_flax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _OVERRIDES = "config.model.overrides."
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `~` as the home folder: behind an equals sign a shell leaves it."""
+    found = []
+    for argument in arguments:
+        flag, path = re.fullmatch("(-[^=]*=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+        is_home = path == "~" or path.startswith("~/")
+        found.append(flag + os.path.expanduser(path) if is_home else argument)
+    return found
 
 
 def with_found_config(arguments: Sequence[str]) -> list[str]:

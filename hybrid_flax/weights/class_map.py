@@ -13,12 +13,15 @@ from hybrid_flax.models.structure import Structure
 from hybrid_flax.text_files import read_lines
 
 
-def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int]:
+def read_class_map(path: str | os.PathLike, num_classes: int | None = 1000) -> list[int]:
     """Reads a file like L2ViT's `custom_map22kto1k.txt`: one row of the classifier per line.
+
+    Args:
+      num_classes: how many there are to be; None: any number.
 
     Raises:
       InputError: the file cannot be read as text, a line is not a whole number, or there are not
-        `num_classes` of them.
+        so many of them.
     """
     rows = []
     for number, line in read_lines(path):
@@ -29,7 +32,7 @@ def read_class_map(path: str | os.PathLike, num_classes: int = 1000) -> list[int
                     f"{path}, line {number}: {text[:40]!r} is not a class index, 0 or more"
                 )
             rows.append(int(text))
-    if len(rows) != num_classes:
+    if num_classes is not None and len(rows) != num_classes:
         raise InputError(
             f"{path} has {len(rows)} class indices, expected {num_classes}, one per line"
         )

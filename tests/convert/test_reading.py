@@ -201,6 +201,14 @@ def test_safetensors_beyond_numpy_are_refused_by_key(tmp_path, shape, dtype):
         convert.load_checkpoint(file)
 
 
+def test_safetensors_of_a_type_that_numpy_has_not_are_not_called_damaged(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"head.weight": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
+    with pytest.raises(InputError, match="'head.weight' is of a type that NumPy has not"):
+        convert.load_checkpoint(tmp_path / "fp8.safetensors")
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(InputError, match=r"pipe.pth is a pipe or a device; expected a checkpoint"):
@@ -223,3 +231,22 @@ def test_without_pytorch_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"reading .*run.pth needs PyTorch"):
         convert.load_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "module._orig_mod.head.weight",
+        "_orig_mod.module.head.weight",
+        "head._checkpoint_wrapped_module.weight",
+        "_fsdp_wrapped_module.head._fsdp_wrapped_module._orig_mod.weight",
+    ],
+)
+def test_what_wrappers_put_into_keys_is_taken_out(tmp_path, key):
+    assert_read(saved(tmp_path, {key: torch.from_numpy(ARRAY)}))
+
+
+def test_weights_with_and_without_a_wrapper_are_refused(tmp_path):
+    twice = {"head._orig_mod.weight": torch.from_numpy(ARRAY), **WEIGHTS}
+    with pytest.raises(InputError, match="some weights twice, with and without"):
+        convert.load_checkpoint(saved(tmp_path, twice))

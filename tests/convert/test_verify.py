@@ -214,11 +214,14 @@ def test_a_folder_of_images(file, tmp_path, capsys):
 
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (240, 300, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(tmp_path / f"{i}.{'PNG' if i else 'tif'}")
+    (tmp_path / "._0.png").write_bytes(b"of another system's file manager")
     assert verify(file, f"--images={tmp_path}") == 0
     assert "finite on 3 images" in capsys.readouterr().out
     assert verify(file, f"--images={os.path.dirname(file)}") == 2
-    assert "holds no .jpg, .jpeg" in capsys.readouterr().err
+    assert "holds no .jpeg, .jpg" in capsys.readouterr().err
+    assert verify(file, f"--images={tmp_path}/none") == 2
+    assert "error: cannot look into the folder" in capsys.readouterr().err
 
 
 def test_files_that_do_not_fit_or_are_not_finite(state, tmp_path, capsys):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from hybrid_flax.data import augment_op, eval_crop, images
 from hybrid_flax.data.images import UnreadableImageError, open_photo, random_resized_crop, rgb
+from hybrid_flax.errors import InputError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "data"
 
@@ -63,6 +64,15 @@ def test_bad_arguments_of_the_crop_are_named():
         eval_crop(Image.new("RGB", (8, 8)), 8, interpolation="cubic")
     with pytest.raises(ValueError, match=r"crop_fraction=1\.5: expected a number above 0, up to 1"):
         eval_crop(Image.new("RGB", (8, 8)), 8, crop_fraction=1.5)
+    for size in (0, -1, 5.5, "32", (32, 48), True, 100_000):
+        with pytest.raises(InputError, match=r"image_size=.*expected a whole number of pixels"):
+            eval_crop(Image.new("RGB", (8, 8)), size)
+    assert eval_crop(Image.new("RGB", (8, 8)), np.int64(8)).shape == (8, 8, 3)
+    for fraction in ("0.9", None):
+        with pytest.raises(InputError, match="crop_fraction=.*expected a number"):
+            eval_crop(Image.new("RGB", (8, 8)), 8, fraction)
+    with pytest.raises(InputError, match=r"is a ndarray; expected a Pillow image: PIL.Image.open"):
+        eval_crop(np.zeros((8, 8, 3), np.uint8), 8)
 
 
 @pytest.mark.parametrize("data", [b"", b"not a JPEG", b"\xff\xd8\xff\xe0 cut off"])

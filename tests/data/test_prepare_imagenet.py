@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import sys
@@ -167,6 +168,13 @@ def test_damage_in_a_tar_file_is_told_with_its_place(tars, tmp_path):
         (tmp_path / "bad.tar").write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"bad.tar: it is damaged at byte {byte}: the {what}"):
             prepare(tars | {"train": str(tmp_path / "bad.tar")}, str(tmp_path / "out"), SMALL, 2)
+
+
+def test_a_compressed_tar_file_is_not_called_damaged(tars, tmp_path):
+    packed = gzip.compress((tmp_path / "train.tar").read_bytes())
+    (tmp_path / "train.tar").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"train.tar: it is compressed \(gzip\).*Unpack it"):
+        list(prepare_imagenet._members(str(tmp_path / "train.tar"), "train"))
 
 
 def test_an_image_that_is_there_twice_is_refused(tars, tmp_path):

@@ -275,7 +275,7 @@ def test_wrong_class_maps_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="map.txt, line 2: 'n02119789' is not a class index"):
         read_class_map(file)
     file.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match="map.txt, line 1: .* is not a class index"):
+    with pytest.raises(ValueError, match="map.txt, line 1: .* is not UTF-8"):
         read_class_map(file)
     head = {"head/kernel": np.zeros((2, 5)), "head/bias": np.zeros(5)}
     with pytest.raises(ValueError, match="index 5 is out of range: .* 5 classes, 0 to 4"):

@@ -4,7 +4,13 @@ import pytest
 
 import configs
 from hybrid_flax.errors import InputError
-from hybrid_flax.settings.arguments import CONFIGS, override, take_overrides, with_found_config
+from hybrid_flax.settings.arguments import (
+    CONFIGS,
+    override,
+    take_overrides,
+    with_found_config,
+    with_home,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +67,12 @@ def test_fields_of_a_variant_are_set_beside_those_of_the_config():
 def test_digits_without_end_are_a_text():
     _, fields = take_overrides([f"--config.model.overrides.dim={'9' * 5000}"])
     assert fields == {"dim": "9" * 5000}
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["train", "--workdir=~/run", "~", "--config.init_from=~/a=~/b", "--x=a~/b", "-m", "~me"]
+    assert with_home(given) == [
+        "train", "--workdir=/home/me/run", "/home/me", "--config.init_from=/home/me/a=~/b",
+        "--x=a~/b", "-m", "~me",
+    ]  # fmt: skip

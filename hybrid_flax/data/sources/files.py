@@ -138,10 +138,11 @@ def _read_list(file: str) -> tuple[list[str], np.ndarray, list[int]]:
             continue
         where = f"{file}, line {number}"
         name, label = _line(line, where)
-        if known.setdefault(name, label) != label:
+        before = known.setdefault(os.path.normpath(name), label)
+        if before != label:
             raise InputError(
-                f"{where}: {name} is of class {label}, and in a line above of class "
-                f"{known[name]}. Keep one of the lines"
+                f"{where}: {name} is of class {label}, and in a line above of class {before}. Keep "
+                "one of the lines"
             )
         names.append(name)
         labels.append(label)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.text_files import check_local
 
 Table = dict[str, np.ndarray]
 
@@ -95,6 +96,7 @@ def _cache() -> str:
 
 
 def _check_writable(folder: str) -> None:
+    check_local(folder, "--config.dataset.index")
     try:
         os.makedirs(folder, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -1,6 +1,7 @@
 """Another view of a source: a slice of a split, as TFDS writes it, or other class numbers."""
 
 import collections
+import logging
 import re
 from collections.abc import Sequence
 
@@ -100,8 +101,19 @@ class Renumbered(_View):
 
 
 def numbered_by(source: EncodedSource, classes: Sequence[str] | None) -> EncodedSource:
-    """The source with its classes numbered by `classes`; itself, if it has no names or the same."""
+    """The source with its classes numbered by `classes`; itself, if it has no names or the same.
+
+    That numbers without names are taken as they are is said.
+    """
     names = source.class_names
+    if classes is not None and names is None:
+        logging.warning(
+            "%s has class numbers without names: they are taken for those of the %d classes that "
+            "the model was trained with, %s",
+            source.found_in or "the data",
+            len(classes),
+            some(classes),
+        )
     if classes is None or names is None or list(names) == list(classes):
         return source
     return Renumbered(source, classes)

@@ -200,6 +200,10 @@ def test_lists_have_marks_line_ends_and_blanks_of_any_kind(lists):
         ),
         (b"0000.JPEG 0\n0001.JPEG " + b"9" * 9999, "line 2: .* at most 18 digits"),
         (b"0000.JPEG 0\n0000.JPEG 1\n", "line 2: 0000.JPEG is of class 1, and .* above of class 0"),
+        (
+            b"0000.JPEG 0\n./0000.JPEG 1\n",
+            "line 2: ./0000.JPEG is of class 1, and .* above of class 0",
+        ),
         (b"0000.JPEG 0\n\n0004.JPEG 1\n", "names 1 of 2 images that are not there: line 3: .*0004"),
     ],
 )

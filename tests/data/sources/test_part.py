@@ -27,11 +27,13 @@ def test_classes_are_numbered_by_name(known):
     assert (source.labels.tolist() if known else source.labels) == ([1, 0, 0] if known else None)
 
 
-def test_sources_without_names_or_with_the_same_stay_as_they_are():
-    for names in (None, ["a", "b"]):
+def test_sources_without_names_or_with_the_same_stay_as_they_are(caplog):
+    for names in (["a", "b"], None):
         source = Letters(names, [0, 1])
-        assert numbered_by(source, ["a", "b"]) is source
+        assert not caplog.text
         assert numbered_by(source, None) is source
+        assert numbered_by(source, ["a", "b"]) is source
+    assert "numbers without names: they are taken for those of the 2 classes" in caplog.text
 
 
 def test_classes_that_are_not_known_are_named_if_they_have_images():
