@@ -148,10 +148,22 @@ def eval_crop(
       uint8 [image_size, image_size, 3].
 
     Raises:
-      InputError: unknown mode or filter, a fraction below 0.01 or above 1, or an unreadable photo.
+      InputError: unknown mode or filter, a fraction below 0.01 or above 1, an unreadable photo, or
+        an argument of another kind.
     """
+    if not isinstance(photo, Image.Image):
+        raise InputError(
+            f"photo: expected an image of Pillow, Image.open(…), not {type(photo).__name__}"
+        )
+    if type(image_size) is not int or image_size < 1:
+        raise InputError(f"image_size={image_size!r}: expected a whole number of pixels above 0")
     if not isinstance(crop_fraction, int | float):
         transform = crop_fraction
+        if not hasattr(transform, "crop_fraction"):
+            raise InputError(
+                f"transform: expected model_info(name).eval_transform, not "
+                f"{type(transform).__name__}"
+            )
         crop_fraction, crop_mode = transform.crop_fraction, transform.crop_mode
         interpolation = transform.interpolation
     check_eval_crop(crop_fraction, crop_mode)
