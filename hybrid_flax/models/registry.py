@@ -127,7 +127,7 @@ def _dtype(given: Any) -> Any:
         known = "" if given is None else jnp.dtype(given).name
     except TypeError:
         known = ""
-    if known not in _DTYPES and not (known == "float64" and jax.config.jax_enable_x64):
+    if known not in _DTYPES and not (known == "float64" and jax.config.read("jax_enable_x64")):
         raise InputError(f"dtype={given!r}: expected one of {', '.join(_DTYPES)}")
     return given
 
