@@ -14,7 +14,8 @@ import jax
 import convert
 from convert.state_dict import model_from_state_dict
 from convert.tensors import check_finite
-from hybrid_flax.errors import InputError, TrainingError
+from hybrid_flax import cli
+from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings.arguments import with_home
@@ -37,12 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--image_size", type=int, help="pixels; default: as the file's tables say")
     options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
-    try:
-        print(_convert(options))
-    except (InputError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.ending(lambda: print(_convert(options)), limited=False) or 0
 
 
 def _convert(options: argparse.Namespace) -> str:

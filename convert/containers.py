@@ -80,7 +80,11 @@ def _unwrapped(arrays: dict[Any, Any], path: str) -> dict[Any, Any]:
 
 
 def _read(path: str) -> Any:
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # the latter: a zero byte in the name
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {said}") from error
     if stat.S_ISDIR(mode):
         raise InputError(f"{path} is a folder; expected one checkpoint file (.pth, .safetensors)")
     if not stat.S_ISREG(mode):

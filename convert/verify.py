@@ -32,6 +32,7 @@ from convert.state_dict import (
     official_model,
     release_state,
 )
+from hybrid_flax import cli
 from hybrid_flax.data import eval_crop
 from hybrid_flax.data.images import open_photo, rgb
 from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, MOST_BYTES
@@ -247,21 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
-    try:
-        if (options.file is None) != options.download:
-            raise InputError("give either the file or --download")
-        file = options.file or download(options.model, registry.model_info(options.model))
-        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way; the report follows
-            report = verify(
-                options.model,
-                pathlib.Path(file),
-                reference=options.reference,
-                images=options.images,
-                entry=options.entry,
-            )
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.ending(lambda: _verify(options), limited=False) or 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if (options.file is None) != options.download:
+        raise InputError("give either the file or --download")
+    file = options.file or download(options.model, registry.model_info(options.model))
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way; the report follows
+        report = verify(
+            options.model,
+            pathlib.Path(file),
+            reference=options.reference,
+            images=options.images,
+            entry=options.entry,
+        )
     print(json.dumps(report, indent=1) if options.json else show(report))
     return 0 if report["passed"] else 1
 

@@ -7,6 +7,7 @@ between these lines is replaced; the prose around it is written by hand. docs/pl
 whole, by `python -m benchmarks.plans --render`, which this command includes.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -252,4 +253,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help only
     main()

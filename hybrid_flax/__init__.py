@@ -14,9 +14,10 @@ import typing
 
 __version__ = "0.1.0"
 
-# `python -m hybrid_flax.…`: until `cli.ending` listens, Ctrl-C ends it, and without a traceback.
+# `python -m hybrid_flax.…`, `convert`: until `cli.ending` listens, Ctrl-C ends it, and without a
+# traceback.
 if any(
-    option == "-m" and module.startswith("hybrid_flax.")
+    option == "-m" and module.partition(".")[0] in ("hybrid_flax", "convert")
     for option, module in itertools.pairwise(sys.orig_argv)
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

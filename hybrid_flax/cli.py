@@ -90,8 +90,10 @@ def run(
     sys.exit(ending(begin))
 
 
-def ending(program: Callable[[], int | None]) -> int | None:
+def ending(program: Callable[[], int | None], *, limited: bool = True) -> int | None:
     """The exit status of a program, which is watched from here on: see `supervised`.
+
+    Without `limited` the watchdog leaves it alone: what it does gives no signs of life.
 
     It is what `program()` returns; 2 for input that the user can mend, 1 for training that had to
     stop and files that cannot be written, 128 + the signal after a stop that was asked for.
@@ -99,6 +101,8 @@ def ending(program: Callable[[], int | None]) -> int | None:
     """
     try:
         with supervised() as watch, attended(watch.stop):
+            if not limited:
+                watch.watchdog.seconds = 0
             status = program()
             sys.stdout.flush()
             return status

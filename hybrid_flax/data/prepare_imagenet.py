@@ -26,6 +26,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tqdm
 
+from hybrid_flax import cli
 from hybrid_flax.data.sources import index_file
 from hybrid_flax.data.sources.tar_members import compression, members
 from hybrid_flax.data.sources.tfds import open_builder
@@ -278,16 +279,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="TFDS's data folder: --config.dataset.path")
     options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     tars = {"train": options.train_tar, "validation": options.val_tar}
-    try:
-        tars = {name: tar for name, tar in tars.items() if tar}
+    tars = {name: tar for name, tar in tars.items() if tar}
+
+    def program() -> None:
         if not tars:
             raise InputError("give --train_tar, --val_tar or both")
         folder = prepare(tars, options.out)
-    except (InputError, OSError) as error:  # OSError: the disk is full, or gone
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder} is prepared: --config.dataset.path={options.out}")
-    return 0
+        print(f"{folder} is prepared: --config.dataset.path={options.out}")
+
+    return cli.ending(program, limited=False) or 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,25 @@
 """Checks that every model makes of its input."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from hybrid_flax.errors import InputError
 
 
-def check_images(shape: tuple[int, ...]) -> None:
-    """Raises InputError unless the shape is [B, H, W, 3]."""
+def check_images(images: Any) -> None:
+    """Raises InputError unless they are an array of floats [B, H, W, 3]."""
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise InputError(f"images must be an array [B, H, W, 3], not {type(images).__name__}")
+    shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] != 3:
         raise InputError(f"images must be [B, H, W, 3] (RGB, channels last), got shape {shape}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(
+            f"images must be normalised floats, not {images.dtype}: "
+            "hybrid_flax.data.model_input makes them from pictures, normalise from pixels"
+        )
 
 
 def training_key(train: bool, key: jax.Array | None) -> jax.Array | None:

@@ -88,7 +88,7 @@ class Backbone(nnx.Module):
         Raises:
           InputError: images of a size or layout that the model does not take; no key for training.
         """
-        check_images(images.shape)
+        check_images(images)
         height, width = images.shape[1:3]
         if reason := self.refusal(height, width):
             raise InputError(f"images are {height}×{width}, but {reason}")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import gcvit, glnet, gramian, l2vit, unified
@@ -29,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
 
 CLASSES = whole(0, 10**6)
 SIDE = whole(1, 16384)
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -69,11 +70,11 @@ def tiny_model(name: str) -> dict[str, Any]:
 def create_model(
     name: str,
     *,
-    num_classes: int,
-    image_size: Any,  # checked by `_size`
-    dtype: DTypeLike,
+    num_classes: Any,  # this and the next are checked here, and named
+    image_size: Any,
+    dtype: Any,
     implementation: str = "auto",
-    rngs: nnx.Rngs | None = None,
+    rngs: Any = None,
     **overrides,
 ) -> Backbone:
     """`hybrid_flax.create_model`, which has the defaults and says what they mean, but always fresh.
@@ -91,6 +92,7 @@ def create_model(
         )
         implementation = overrides.pop("attention")
     variant = with_overrides(name, variant, overrides)
+    num_classes = _index(num_classes)
     if not CLASSES.fits(num_classes):
         raise InputError(f"num_classes={num_classes!r}: expected {CLASSES.words}; 0: no classifier")
     if implementation not in IMPLEMENTATIONS:
@@ -106,20 +108,44 @@ def create_model(
         variant,
         num_classes=num_classes,
         image_size=_size(family.published[name].image_size if image_size is None else image_size),
-        dtype=dtype,
-        rngs=_Keys((nnx.Rngs(0) if rngs is None else rngs).params()),
+        dtype=_dtype(dtype),
+        rngs=_Keys(_key(rngs)),
         **({"implementation": implementation} if family.model.has_kernels else {}),
     )
+
+
+def _index(given: Any) -> Any:
+    """A whole number of NumPy's, as `labels.max() + 1` gives, as Python's; others as they are."""
+    try:
+        return given if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        return given
+
+
+def _dtype(given: Any) -> Any:
+    try:
+        known = "" if given is None else jnp.dtype(given).name
+    except TypeError:
+        known = ""
+    if known not in _DTYPES and not (known == "float64" and jax.config.read("jax_enable_x64")):
+        raise InputError(f"dtype={given!r}: expected one of {', '.join(_DTYPES)}")
+    return given
+
+
+def _key(rngs: Any) -> jax.Array:
+    try:
+        return (nnx.Rngs(0) if rngs is None else rngs).params()
+    except AttributeError as error:
+        raise InputError(
+            f"rngs={type(rngs).__name__}: expected nnx.Rngs with a stream 'params' or 'default', "
+            "such as nnx.Rngs(0)"
+        ) from error
 
 
 def _size(given: Any) -> ImageSize:
     """One number of a square, or (height, width)."""
     pair = isinstance(given, Sequence) and not isinstance(given, str)
-    found = list(given) if pair else [given, given]
-    try:
-        found = [operator.index(side) for side in found]
-    except TypeError:
-        found = []
+    found = [_index(side) for side in (given if pair else (given, given))]
     if len(found) != 2 or not all(SIDE.fits(side) for side in found):
         raise InputError(
             f"image_size={given!r}: expected {SIDE.words} pixels, or two of them, (height, width)"
@@ -146,9 +172,11 @@ class _Keys(nnx.Rngs):
 
 def family_of(name: str) -> Family:
     """The family that a model belongs to; raises InputError for an unknown name."""
+    if not isinstance(name, str):
+        raise InputError(f"a model's name is a text such as 'gcvit_b', not {name!r:.80}")
     for family in FAMILIES:
         if name in family.variants:
             return family
     close = difflib.get_close_matches(name, list_models(), n=3)
     hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(list_models())}"
-    raise InputError(f"unknown model {name!r}. {hint}")
+    raise InputError(f"unknown model {name[:80]!r}. {hint}")

@@ -1,5 +1,6 @@
 """Writes docs/settings.md, the table of all settings: python -m hybrid_flax.settings"""
 
+import argparse
 import dataclasses
 import inspect
 import pathlib
@@ -52,4 +53,5 @@ def _show(default: Any) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and nothing else
     FILE.write_text(document())

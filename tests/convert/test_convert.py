@@ -166,7 +166,7 @@ def test_files_that_are_not_checkpoints_are_named_with_the_reason(tmp_path, cont
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+    with pytest.raises(ValueError, match="nowhere.pth cannot be read: No such file"):
         convert.load_checkpoint(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="is a folder; expected one checkpoint file"):
         convert.load_checkpoint(tmp_path)

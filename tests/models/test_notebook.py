@@ -138,3 +138,40 @@ def test_the_version_is_that_of_the_package():
     except metadata.PackageNotFoundError:
         pytest.skip("hybrid_flax is not installed here, only its requirements")
     assert hybrid_flax.__version__ == installed
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"dtype": "float99"}, "dtype='float99': expected one of bfloat16, float16, float32"),
+        ({"dtype": None}, "dtype=None: expected"),
+        ({"dtype": np.int32}, "expected one of bfloat16"),
+        ({"dtype": "float64"}, "dtype='float64': expected"),
+        ({"image_size": True}, "image_size=True: expected"),
+        ({"num_classes": True}, "num_classes=True: expected"),
+        ({"rngs": 0}, "rngs=int: expected nnx.Rngs"),
+        ({"rngs": nnx.Rngs(dropout=0)}, r"a stream 'params'.* nnx.Rngs\(0\)"),
+        ({"name": "x" * 5000}, "^unknown model 'x{80}'"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_by_name(argument, message):
+    with pytest.raises(InputError, match=message):
+        hybrid_flax.create_model(**{"name": "unified_convnext_micro"} | argument)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = abstract("unified_convnext_micro", num_classes=np.array([3, 6]).max() + 1)
+    assert model.num_classes == 7
+    assert type(model.num_classes) is int
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (jnp.zeros((1, 32, 32, 3), jnp.uint8), "normalised floats, not uint8: .*model_input"),
+        (jnp.zeros((1, 32, 32, 3), bool), "normalised floats, not bool"),
+    ],
+)
+def test_what_is_not_normalised_images_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        abstract("unified_convnext_micro")(given)
