@@ -256,9 +256,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("workdir")
     workdir = parser.parse_args().workdir
+    folder = os.path.join(workdir, "checkpoints")
     try:
-        steps = Checkpoints(os.path.join(workdir, "checkpoints")).steps()
-    except (InputError, TrainingError) as error:
+        for path in (workdir, folder):
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise InputError(f"{path} is no folder; expected a run's work directory")
+        steps = Checkpoints(folder).steps()
+    except (InputError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*steps[-1:], end="\n" if steps else "")

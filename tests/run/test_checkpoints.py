@@ -3,6 +3,7 @@ import os
 import pathlib
 import random
 import shutil
+import sys
 import tempfile
 
 import jax
@@ -16,7 +17,7 @@ from orbax.checkpoint.experimental.v1._src.saving import execution
 from hybrid_flax.errors import InputError
 from hybrid_flax.run import checkpoint_files, orbax_io
 from hybrid_flax.run.checkpoint_files import FORMAT, CheckpointMismatchError
-from hybrid_flax.run.checkpoints import Checkpoints, CheckpointSaveError
+from hybrid_flax.run.checkpoints import Checkpoints, CheckpointSaveError, main
 from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.run.storage.folder_steps import FolderSteps
 from hybrid_flax.weights.paths import flatten, unflatten_like
@@ -440,6 +441,17 @@ def test_loading_says_nothing_when_all_is_well(saved, caplog):
     with caplog.at_level(logging.WARNING):
         saved.restore(tree())
     assert not caplog.records
+
+
+def test_a_file_in_the_place_of_a_work_directory_is_not_a_run_without_checkpoints(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "file")])
+    assert main() == 2
+    assert "file is no folder; expected a run's work directory" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["checkpoints", str(tmp_path / "nowhere")])
+    assert main() == 0
 
 
 if __name__ == "__main__":  # the checkpoint of a new format
