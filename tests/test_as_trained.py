@@ -15,11 +15,14 @@ def meta(**changes):
 
 def test_a_run_has_its_own_settings(capsys, caplog):
     trained = meta(
-        model__image_size=64, dataset__mean=(0.1, 0.2, 0.3), dataset__path="there", mesh__fsdp=8
+        model__image_size=64,
+        dataset__mean=(0.1, 0.2, 0.3),
+        dataset__val_split="there",
+        mesh__fsdp=8,
     )
     found = as_trained(tiny.get_config(), trained, given=())
     assert (found.model.image_size, found.model.num_classes) == (64, 10)
-    assert (found.dataset.mean, found.dataset.path) == ((0.1, 0.2, 0.3), "there")
+    assert (found.dataset.mean, found.dataset.val_split) == ((0.1, 0.2, 0.3), "there")
     assert found.mesh.fsdp == 1  # of the machine
     said = capsys.readouterr().out
     assert "as the weights were trained: model.image_size=64 (the config has 32), dataset." in said

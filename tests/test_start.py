@@ -96,7 +96,7 @@ def test_an_unusable_class_map_is_refused(checkpoint, tmp_path, text, message):
 
 
 def test_a_class_map_alone_is_refused():
-    with pytest.raises(ValueError, match="init_class_map needs a checkpoint to take the classes"):
+    with pytest.raises(ValueError, match="init_class_map: there are no weights"):
         started(init_class_map="map.txt")
 
 

@@ -184,6 +184,7 @@ class Toy(Backbone):
     def __init__(self):
         self.layers = nnx.List([Block(), Louder()])
         self.image_size = 4
+        self.num_classes = 1
 
     def intermediates(self, images, *, train=False, key=None):
         x = images

@@ -1,5 +1,6 @@
 """Tar shards as people have them: damaged, packed otherwise, in thousands; and their index."""
 
+import contextlib
 import io
 import json
 import os
@@ -361,16 +362,21 @@ def test_few_files_are_open_at_a_time(tmp_path):
         assert pool.read(source._shards[i], *place, source._sizes[i]) == jpeg(i)
         assert len(os.listdir("/proc/self/fd")) <= before + 4
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 4, limits[1]))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
+    held = []
     try:
-        held = [open(os.devnull) for _ in range(2)]
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(ValueError, match=r"Too many open files.*ulimit -n") as error:
             Descriptors(4).read(source._shards[0], 0, 1, source._sizes[0])
         assert not isinstance(error.value, UnreadableImageError)
         assert len(pool.read(source._shards[3], 0, 9, source._sizes[3])) == 9  # it makes room
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        [file.close() for file in held]
+        for descriptor in held:
+            os.close(descriptor)
         pool.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
