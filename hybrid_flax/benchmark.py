@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 
-from hybrid_flax import cli
 from hybrid_flax.costs import chips, records, timing
 from hybrid_flax.costs.subjects import Subject
 from hybrid_flax.costs.timm_subject import TimmSubject
@@ -169,16 +168,16 @@ def main(arguments: list[str] | None = None) -> int:
         options.save = options.json
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return cli.ending(lambda: _measure(options), limited=False) or 0
-
-
-def _measure(options: argparse.Namespace) -> int:
-    records.check_file("--save", options.save)
-    ours = make_ours(options, "ours", options.implementation)
-    if options.implementation == "pallas":
-        check_kernels(ours)
-    others = [other_subject(options.against, options, ours)] if options.against else []
-    return run(options, ours, others)
+    try:
+        records.check_file("--save", options.save)
+        ours = make_ours(options, "ours", options.implementation)
+        if options.implementation == "pallas":
+            check_kernels(ours)
+        others = [other_subject(options.against, options, ours)] if options.against else []
+        return run(options, ours, others)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def run(options: argparse.Namespace, ours: Subject, others: list[Subject | TimmSubject]) -> int:

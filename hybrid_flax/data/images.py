@@ -161,7 +161,10 @@ def eval_crop(
     if not isinstance(crop_fraction, int | float):
         transform = crop_fraction
         if not hasattr(transform, "crop_fraction"):
-            raise InputError(f"crop_fraction={transform!r}: expected a number above 0, up to 1")
+            raise InputError(
+                f"crop_fraction={transform!r}: expected a number above 0, up to 1, or "
+                f"model_info(name).eval_transform, not {type(transform).__name__}"
+            )
         crop_fraction, crop_mode = transform.crop_fraction, transform.crop_mode
         interpolation = transform.interpolation
     check_eval_crop(crop_fraction, crop_mode)
