@@ -18,6 +18,8 @@ import jax.extend.core
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
+from pallas.watching import part_of, watching
+
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 PLATFORMS = ("tpu", "cuda", "cpu")
 
@@ -174,6 +176,9 @@ def run(
     }
     if (calls := _records.get()) is not None:
         calls.append((geometry, choices))
+    if watching():  # what it computes on the way is asked for
+        with part_of(geometry):
+            return plain(*(argument.array for argument in arguments))
     forced = implementation == "pallas"
     if not forced and not any(choice.kernel for choice in choices.values()):
         return plain(*(argument.array for argument in arguments))

@@ -17,6 +17,7 @@ from hybrid_flax.layers.positions import (
 from hybrid_flax.layers.windows import pad_to_multiple
 from pallas.deformable_conv import deformable_sampling
 from pallas.halo_attention import halo_attention
+from pallas.watching import show
 from pallas.window_attention import attention, window_attention
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "resize_position_map",
     "resize_relative_position_bias",
     "scaled",
+    "show",
     "split_key",
     "training_key",
     "window_attention",

@@ -33,6 +33,7 @@ from hybrid_flax.layers import (
     linear,
     normal_init,
     pad_to_multiple,
+    show,
     split_key,
     window_attention,
 )
@@ -152,7 +153,18 @@ def linear_attention(
     context = jnp.einsum("bmhd,bmhe->bhde", key, value, preferred_element_type=jnp.float32)
     out = jnp.einsum("bnhd,bhde->bnhe", query, context * temperature[None])
     normaliser = jnp.einsum("bnhd,bhd->bnh", query, key.sum(1, dtype=jnp.float32))
-    return out / jnp.maximum(normaliser, NORMALISER_FLOOR)[..., None]
+    out = out / jnp.maximum(normaliser, NORMALISER_FLOOR)[..., None]
+
+    def weights():  # [B, h, N, N], never formed otherwise: weights times value is the result
+        shares = (
+            temperature[None] / jnp.maximum(normaliser, NORMALISER_FLOOR).swapaxes(1, 2)[..., None]
+        )
+        return (
+            jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * shares
+        )
+
+    show("linear attention", weights=weights, value=lambda: value, out=lambda: out)
+    return out
 
 
 class LinearAttention(nnx.Module):

@@ -86,7 +86,7 @@ def _recording(module: nnx.Module, records: dict[str, tuple[int, jax.Array]]):
             records.setdefault(path, (len(records), output))
         return output
 
-    with _calls_through(module, recorded):
+    with calls_through(module, recorded):
         yield
 
 
@@ -115,12 +115,12 @@ def _rematerialised(module: Backbone, policy: Callable[..., bool]):
         nnx.update(block, statistics)
         return output
 
-    with _calls_through(module, kept):
+    with calls_through(module, kept):
         yield
 
 
 @contextlib.contextmanager
-def _calls_through(module: nnx.Module, through: Callable[..., Any]):
+def calls_through(module: nnx.Module, through: Callable[..., Any]):
     """Inside it, calls of submodules go through `through(call, path, submodule, *args)`.
 
     A call that a submodule makes of itself, by `super().__call__`, is part of the first.

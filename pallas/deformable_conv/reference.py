@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas.deformable_conv.geometry import Sampling
+from pallas.watching import show
 
 
 def positions(geometry: Sampling, offsets):
@@ -17,6 +18,11 @@ def positions(geometry: Sampling, offsets):
 def deformable_sampling(geometry: Sampling, value, offsets, mask):
     """See `pallas.deformable_conv.deformable_sampling`."""
     height, width, groups = geometry.height, geometry.width, geometry.groups
+    show(
+        "sampling",
+        positions=lambda: jax.vmap(lambda each: positions(geometry, each))(offsets),
+        weights=lambda: mask,
+    )
 
     @jax.checkpoint  # 4P pixels per place are gathered again for the gradient, never stored
     def sample(value, offsets, mask):

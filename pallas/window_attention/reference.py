@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas.watching import show
+
 
 def attention(query, key, value, bias=None, *, scale: float | None = None):
     """softmax(scale · query keyᵀ + bias) value, for each head; scores and softmax in float32.
@@ -27,8 +29,16 @@ def attention(query, key, value, bias=None, *, scale: float | None = None):
     scores = scores * scale
     if bias is not None:
         scores = scores + bias.reshape((1,) * (scores.ndim - bias.ndim) + bias.shape)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("...hqk,...khe->...qhe", weights, value)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = jnp.einsum("...hqk,...khe->...qhe", weights.astype(value.dtype), value)
+    show(
+        "attention",
+        weights=lambda: weights,
+        total=lambda: jax.nn.logsumexp(scores, axis=-1),
+        value=lambda: value,
+        out=lambda: out,
+    )
+    return out
 
 
 def partition(x, window: tuple[int, int]):
