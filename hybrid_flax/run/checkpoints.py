@@ -219,6 +219,20 @@ class Checkpoints:
             )
         return None
 
+    def restore_step(self, step: int) -> Restored:
+        """The checkpoint of a step.
+
+        Raises:
+          InputError: there is none, or it is damaged.
+        """
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(f"{self._stored} has no checkpoint of step {step}; there are: {there}")
+        try:
+            return self._read(step, None)
+        except DamagedCheckpointError as error:
+            raise InputError(f"checkpoint {self.name(step)} is damaged: {error}") from error
+
     def clear_after(self, step: int) -> None:
         """Makes room for the steps after `step`, which a resumed run will write again.
 

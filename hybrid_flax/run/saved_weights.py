@@ -25,13 +25,14 @@ class SavedWeights(NamedTuple):
         return self.averaged or self.trained
 
 
-def load_weights(folder: str) -> SavedWeights:
-    """The newest intact weights of a work directory or a converted checkpoint.
+def load_weights(folder: str, step: int | None = None) -> SavedWeights:
+    """The newest intact weights of a work directory or a converted checkpoint, or those of a step.
 
     Raises:
       InputError: there is no checkpoint, or none is intact.
     """
-    restored = Checkpoints(os.path.join(folder, "checkpoints")).restore()
+    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"))
+    restored = checkpoints.restore() if step is None else checkpoints.restore_step(step)
     if restored is None:
         raise InputError(
             f"there is no checkpoint in {os.path.join(folder, 'checkpoints')}; give the work "
