@@ -1,6 +1,7 @@
 """Maps as colours over an image, panels side by side, captions below. Pillow and colour tables."""
 
 import functools
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +11,17 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 224  # pixels of a panel's shorter side, at least
-_GAP, _LINE, _FONT = 8, 15, 12
+_GAP, _LINE, _FONT = 8, 15, 11
 Pixels = UInt8[np.ndarray, "H W 3"]
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own has no ×.
+    file = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(file, _FONT)
 
 
 class Panel(NamedTuple):
@@ -82,12 +92,8 @@ def picture_panel(pixels: Pixels, label: str) -> Panel:
 def colour_classes(numbers: np.ndarray, pixels: Pixels, label: str, count: int) -> Panel:
     """A map of whole numbers, each with a colour of its own, over the image."""
     hues = (np.arange(count) * 0.618034) % 1.0  # far apart for neighbours
-    table = np.asarray(
-        [
-            np.asarray(Image.new("HSV", (1, 1), (int(255 * h), 200, 235)).convert("RGB"))[0, 0]
-            for h in hues
-        ]
-    )
+    colours = [Image.new("HSV", (1, 1), (int(255 * hue), 200, 235)).convert("RGB") for hue in hues]
+    table = np.stack([np.asarray(colour)[0, 0] for colour in colours])
     size = _size(pixels)
     large = Image.fromarray(numbers.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     grey = Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BICUBIC)
@@ -110,7 +116,7 @@ def marked(panel: Panel, places: Sequence[tuple[float, float, float, str]], shap
 
 def figure(panels: Sequence[Panel], caption: str, columns: int = 6) -> Image.Image:
     """Panels row by row, each with its label, and the caption below."""
-    font = ImageFont.load_default(_FONT)
+    font = _font()
     width = max(panel.pixels.shape[1] for panel in panels)
     height = max(panel.pixels.shape[0] for panel in panels)
     columns = min(columns, len(panels))

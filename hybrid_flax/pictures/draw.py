@@ -109,13 +109,11 @@ def _slots(subject: Subject) -> list[Picture]:
                 heat(shares[slot], subject.pixels, f"slot {slot}", limits=(0, largest))
                 for slot in medoids
             ),
-            heat(
-                _mosaic(shares), None, f"all {len(shares)} slots, row by row", limits=(0, largest)
-            ),
+            heat(_mosaic(shares), None, f"all {len(shares)} slots by row", limits=(0, largest)),
         ]
         caption = (
-            f"{subject.title}. Slots of {path}: the share of a slot at each place, softmax over the "
-            f"slots. Shown are the {MEDOIDS} medoids of the {len(shares)} maps (Euclidean "
+            f"{subject.title}. Slots of {path}: the share of a slot at each place, softmax over "
+            f"the slots. Shown are the {MEDOIDS} medoids of the {len(shares)} maps (Euclidean "
             "distance, deterministic start). One scale for all panels of this image, from 0 to its "
             f"largest share, {largest:.3g}; an even share is {1 / len(shares):.3g}."
         )
@@ -239,8 +237,8 @@ def _offsets(subject: Subject) -> list[Picture]:
         caption = (
             f"{subject.title}. Where {path} reads for the red place ({row}, {column}) of its "
             f"{rows}×{columns} map, all groups. Over all places: mean distance "
-            f"{far.distance:.2f} places ({far.distance * stride:.1f} pixels of the image), weighted "
-            f"{far.weighted_distance:.2f}; {100 * far.outside:.1f} % of the points lie outside of "
+            f"{far.distance:.2f} places ({far.distance * stride:.1f} pixels of the image), "
+            f"weighted {far.weighted_distance:.2f}; {100 * far.outside:.1f} % of the points lie outside of "
             "the map, where they read 0."
         )
         pictures.append(Picture("offsets", path, figure(panels, caption)))
