@@ -238,8 +238,8 @@ def _offsets(subject: Subject) -> list[Picture]:
             f"{subject.title}. Where {path} reads for the red place ({row}, {column}) of its "
             f"{rows}×{columns} map, all groups. Over all places: mean distance "
             f"{far.distance:.2f} places ({far.distance * stride:.1f} pixels of the image), "
-            f"weighted {far.weighted_distance:.2f}; {100 * far.outside:.1f} % of the points lie outside of "
-            "the map, where they read 0."
+            f"weighted {far.weighted_distance:.2f}; {100 * far.outside:.1f} % of the points lie "
+            "outside of the map, where they read 0."
         )
         pictures.append(Picture("offsets", path, figure(panels, caption)))
     return pictures

@@ -1,6 +1,7 @@
 """Single image files: folders of classes, and lists of paths with class numbers."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,6 +39,14 @@ class _Files(LabelledSource):
         except InputError as error:
             raise UnreadableImageError(f"cannot read image {error}") from error
         return Encoded(data, int(self.labels[index]), file)
+
+
+class FileSource(_Files):
+    """Image files that somebody else found, with their labels."""
+
+    def __init__(self, files: Sequence[str], labels: np.ndarray, num_classes: int):
+        self._path, self._files = "", list(files)
+        self.labels, self.num_classes = np.asarray(labels), num_classes
 
 
 class ImageFolder(_Files):

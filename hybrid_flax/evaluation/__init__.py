@@ -1,0 +1,1 @@
+"""Accuracy on sets beside the validation split: layouts, metrics, tables, comparisons."""
