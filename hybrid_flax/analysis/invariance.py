@@ -4,6 +4,7 @@ The views and the numbers are those of the study's own program, to the pixel; wh
 when not asked for them says `as_published`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -38,6 +39,7 @@ def transformed(
     direction: int = 0,
     image_size: int = 224,
     interpolation: str = "bicubic",
+    fraction: float = FRACTION,
     as_published: bool = True,
 ) -> np.ndarray:
     """One view of a photo; uint8 [image_size, image_size, 3].
@@ -58,6 +60,7 @@ def transformed(
         5 up right, 6 up left, 7 down left.
       image_size: height and width in pixels.
       interpolation: of resizing; rotations are bicubic.
+      fraction: of the standard view's side in the resized image's, the study's 0.875.
       as_published: with strength 0 the study moves the crop by one pixel where a side of the
         resized image is 3 above a multiple of 4; False: it is the standard view.
 
@@ -68,7 +71,7 @@ def transformed(
     photo = rgb(photo)
     if kind == "scale":
         return _centre(_resized(photo, image_size, strength, interpolation), image_size)
-    resized = _resized(photo, image_size, FRACTION, interpolation)
+    resized = _resized(photo, image_size, fraction, interpolation)
     if kind == "translate":
         down, right = DIRECTIONS[direction]
         return _moved(resized, image_size, strength * down, strength * right, as_published)
@@ -153,6 +156,28 @@ def _moved(
 
 def _turned(photo: Image.Image, degrees: float) -> Image.Image:
     return photo.rotate(degrees, Image.Resampling.BICUBIC)
+
+
+def published_direction(seed: int, image: int, strength: float) -> int:
+    """The direction that the study's program draws with a single worker after seeding NumPy.
+
+    It draws image by image, in it strength by strength, and never the last direction.
+
+    Raises InputError for a strength that is none of its own.
+    """
+    strengths = GRID["translate"]
+    if strength not in strengths:
+        raise InputError(f"strength={strength}: the study has {', '.join(map(str, strengths))}")
+    return int(_published_draws(seed, image // _CHUNK)[image % _CHUNK, strengths.index(strength)])
+
+
+_CHUNK = 1024  # images whose draws are kept together
+
+
+@functools.lru_cache(maxsize=4)
+def _published_draws(seed: int, chunk: int) -> np.ndarray:
+    shape = ((chunk + 1) * _CHUNK, len(GRID["translate"]))
+    return np.random.RandomState(seed).randint(7, size=shape)[chunk * _CHUNK :]
 
 
 def drawn_direction(seed: int, image: int, strength: float) -> int:
