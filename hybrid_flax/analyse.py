@@ -85,6 +85,9 @@ def analyse(name: str, task: Task, study: Study) -> Kept:
         "dataset": task.settings.dataset.name,
         "images": len(task.source),
         "image_size": task.settings.model.image_size,
+        "crop_fraction": invariance.FRACTION
+        if study.as_published
+        else task.settings.eval.crop_fraction,
         "seed": study.seed,
         "as_published": study.as_published,
         "pgd": f"{PGD_STEPS} steps of {PGD_STEP} ε, no random start",
@@ -157,8 +160,8 @@ def invariance_plot(every: Sequence[Kept], kinds: Sequence[str]) -> bytes:
             for kept in every:
                 points = _points(kept, kind, score)
                 cell.errorbar(*points, marker=".", capsize=2, label=kept.settings["run"])
-            size = every[0].settings["image_size"]
-            cell.set_xlabel(_AXES[kind].format(int(size / invariance.FRACTION - size) // 2))
+            size, fraction = (every[0].settings[key] for key in ("image_size", "crop_fraction"))
+            cell.set_xlabel(_AXES[kind].format(int(size / fraction - size) // 2))
             cell.set_ylabel(label)
             cell.grid(alpha=0.3)
     axes[0, 0].legend()
