@@ -108,8 +108,8 @@ def _of_run(
         evaluation.crop_fraction,
         evaluation.crop_mode,
         evaluation.interpolation,
-        tuple(dataset.mean),
-        tuple(dataset.std),
+        dataset.mean,
+        dataset.std,
     )
     origin = f"{'averaged weights, ' if saved.averaged else ''}step {saved.step} of {workdir}"
     return Opened(

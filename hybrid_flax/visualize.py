@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -115,7 +116,7 @@ def _logits(model, images):
 
 def _subject(opened: Opened, pixels: np.ndarray, wishes: Wishes) -> tuple[Subject, list[list[str]]]:
     """(what is drawn, the five best classes for the page)."""
-    image = opened.input(pixels)[None]
+    image = jnp.asarray(opened.input(pixels)[None])
     number, rows = 0, []
     if opened.model.num_classes:
         logits = np.asarray(compiled(_logits, opened.model, [image]), np.float64)[0]

@@ -34,7 +34,7 @@ def test_every_image_has_its_pictures_and_the_page_has_all(workdir, images, tmp_
     assert page.count("data:image/png") == 4
     assert "averaged" not in page
     assert "unified_convnext_micro, step 9 of" in page
-    assert re.search(r"<td>digit \d</td><td>0\.\d{3}</td>", page)
+    assert re.search(r"<td>\d</td><td>0\.\d{3}</td>", page)
     assert "cannot read image" in page
     names = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert names == [
@@ -46,10 +46,10 @@ def test_the_same_image_through_a_run(workdir, images, tmp_path):
     for steps, name in (("", "one"), ("all", "both"), ("5", "first")):
         out = {"images": f"{images}/digit0.png", "out": f"{tmp_path}/{name}", "steps": steps}
         assert visualize.main(None, workdir, OPTIONS | out, given=()) == 0
-    heights = [
-        Image.open(tmp_path / name / "digit0_features_stages.png").height
-        for name in ("one", "both", "first")
-    ]
+    heights = []
+    for name in ("one", "both", "first"):
+        with Image.open(tmp_path / name / "digit0_features_stages.png") as picture:
+            heights.append(picture.height)
     assert heights[1] == heights[0] + heights[2]
 
 

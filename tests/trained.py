@@ -15,7 +15,7 @@ from tests import reference, tiny
 def write(workdir: pathlib.Path, steps=(5,)) -> str:
     """Writes checkpoints of a run, each with other weights; returns the folder."""
     run = tiny.settings(model__num_classes=10, dataset__val_split="val[:12]", eval__batch_size=4)
-    names = [f"digit {number}" for number in range(10)]
+    names = [str(number) for number in range(10)]
     meta = {"model": run.model.name, "config": to_plain(run), "data": {"class_names": names}}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=len(steps))
     for step in steps:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array
 from PIL import Image
 
 from hybrid_flax.analysis import attention as looks
@@ -36,7 +37,7 @@ class Subject(NamedTuple):
 
     model: Backbone
     title: str  # of the model, for captions
-    image: np.ndarray  # [1, H, W, 3], normalised
+    image: Array  # [1, H, W, 3], normalised
     pixels: Pixels  # the same, uint8
     place: tuple[float, float]  # of the image that queries are at: fractions of height and width
     layers: tuple[str, ...] | None  # chosen by name; None: some of each stage
