@@ -114,6 +114,33 @@ def marked(panel: Panel, places: Sequence[tuple[float, float, float, str]], shap
     return panel._replace(pixels=np.asarray(image))
 
 
+def principal(found: Float[np.ndarray, "h w C"], pixels: Pixels) -> Pixels:
+    """The first three principal components over the places as red, green and blue."""
+    height, width, channels = found.shape
+    vectors = found.reshape(-1, channels).astype(np.float64)
+    vectors -= vectors.mean(0)
+    _, _, axes = np.linalg.svd(vectors, full_matrices=False)
+    parts = np.zeros((height * width, 3))
+    for number, axis in enumerate(axes[:3]):
+        axis = axis * np.sign(axis[np.abs(axis).argmax()])  # the SVD leaves the sign open
+        values = vectors @ axis
+        low, high = np.percentile(values, (1, 99))
+        parts[:, number] = np.clip((values - low) / (high - low if high > low else 1), 0, 1)
+    image = Image.fromarray(np.rint(255 * parts).astype(np.uint8).reshape(height, width, 3))
+    return np.asarray(image.resize(_size(pixels), Image.Resampling.NEAREST))
+
+
+def mosaic(maps: np.ndarray) -> np.ndarray:
+    """Maps in a square, one place apart."""
+    side = int(np.ceil(np.sqrt(len(maps))))
+    height, width = maps.shape[1:]
+    canvas = np.zeros((side * (height + 1) - 1, side * (width + 1) - 1), np.float32)
+    for number, one in enumerate(maps):
+        top, left = number // side * (height + 1), number % side * (width + 1)
+        canvas[top : top + height, left : left + width] = one
+    return canvas
+
+
 def figure(panels: Sequence[Panel], caption: str, columns: int = 6) -> Image.Image:
     """Panels row by row, each with its label, and the caption below."""
     font = _font()

@@ -26,7 +26,9 @@ from hybrid_flax.pictures.canvas import (
     figure,
     heat,
     marked,
+    mosaic,
     picture_panel,
+    principal,
 )
 
 MEDOIDS, HEADS = 4, 4  # slots, and heads, that a picture shows
@@ -110,7 +112,7 @@ def _slots(subject: Subject) -> list[Picture]:
                 heat(shares[slot], subject.pixels, f"slot {slot}", limits=(0, largest))
                 for slot in medoids
             ),
-            heat(_mosaic(shares), None, f"all {len(shares)} slots by row", limits=(0, largest)),
+            heat(mosaic(shares), None, f"all {len(shares)} slots by row", limits=(0, largest)),
         ]
         caption = (
             f"{subject.title}. Slots of {path}: the share of a slot at each place, softmax over "
@@ -120,17 +122,6 @@ def _slots(subject: Subject) -> list[Picture]:
         )
         pictures.append(Picture("slots", path, figure(panels, caption, columns=7)))
     return pictures
-
-
-def _mosaic(maps: np.ndarray) -> np.ndarray:
-    """Maps in a square, one place apart."""
-    side = int(np.ceil(np.sqrt(len(maps))))
-    height, width = maps.shape[1:]
-    canvas = np.zeros((side * (height + 1) - 1, side * (width + 1) - 1), np.float32)
-    for number, one in enumerate(maps):
-        top, left = number // side * (height + 1), number % side * (width + 1)
-        canvas[top : top + height, left : left + width] = one
-    return canvas
 
 
 def _chosen(subject: Subject, paths: Sequence[str], what: str, kind_of) -> list[str]:
@@ -328,7 +319,7 @@ def _features(subject: Subject) -> list[Picture]:
     panels = [picture_panel(subject.pixels, "the image")]
     for layer in names:
         found = np.asarray(layers.compiled(_map_of, subject.model, [subject.image], layer))[0]
-        panels.append(Panel(_principal(found, subject.pixels), f"{layer}, {found.shape[:2]}"))
+        panels.append(Panel(principal(found, subject.pixels), f"{layer}, {found.shape[:2]}"))
     caption = (
         f"{subject.title}. The first three principal components of each map over this image's "
         "places, as red, green and blue, each from its 1st to its 99th percentile: colours of "
@@ -339,22 +330,6 @@ def _features(subject: Subject) -> list[Picture]:
 
 def _map_of(model: Backbone, images, layer: str):
     return layers.value_of(model, images, layer)[0]
-
-
-def _principal(found: np.ndarray, pixels: Pixels) -> Pixels:
-    height, width, channels = found.shape
-    vectors = found.reshape(-1, channels).astype(np.float64)
-    vectors -= vectors.mean(0)
-    _, _, axes = np.linalg.svd(vectors, full_matrices=False)
-    parts = np.zeros((height * width, 3))
-    for number, axis in enumerate(axes[:3]):
-        axis = axis * np.sign(axis[np.abs(axis).argmax()])  # the SVD leaves the sign open
-        values = vectors @ axis
-        low, high = np.percentile(values, (1, 99))
-        parts[:, number] = np.clip((values - low) / (high - low if high > low else 1), 0, 1)
-    image = Image.fromarray(np.rint(255 * parts).astype(np.uint8).reshape(height, width, 3))
-    size = picture_panel(pixels, "").pixels.shape[1::-1]
-    return np.asarray(image.resize(size, Image.Resampling.NEAREST))
 
 
 KINDS: dict[str, Callable[[Subject], list[Picture]]] = {
