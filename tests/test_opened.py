@@ -28,7 +28,7 @@ def test_a_released_file_is_opened_with_imagenets_names(tmp_path):
     opened = open_model(None, "", "unified_convnext_micro", str(file))
     assert opened.image_size == 224
     assert opened.transform.crop_fraction == 0.875
-    assert opened.class_name(0) == "tench"
+    assert opened.class_name(0).startswith("tench")
     assert opened.title == "unified_convnext_micro, unified_convnext_micro.pth"
 
 
