@@ -28,7 +28,7 @@ NAMES = (
     *(f"unified_{mixer}_micro" for mixer in ("halonet", "pvt", "swin", "convnext", "internimage")),
 )
 EACH = pytest.mark.parametrize("name", NAMES)
-QUICK = ("gcvit_xxt", "ga_resnet50", "ga_vit_s", "unified_pvt_micro", "unified_convnext_micro")
+QUICK = ("ga_resnet50", "unified_pvt_micro", "unified_convnext_micro")
 
 
 def abstract(name, **fields):
