@@ -1,7 +1,7 @@
 """Builds what a config asks for: the model of a program, and what a run computes at every step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,24 +109,6 @@ class Program(NamedTuple):
     state: State  # its shapes and dtypes
     shardings: State  # and where its arrays lie
     flops: Callable[[], int]  # counts those of one training step
-
-
-class CompiledOnce:
-    """A step that is compiled at its first call, for those arguments and no others.
-
-    A later call with another shape, dtype or sharding is an error that names it: under `jit` it
-    would compile again, minutes that nobody sees.
-    """
-
-    def __init__(self, step: jax.stages.Wrapped):
-        self._step = step
-        self._compiled: jax.stages.Compiled | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._compiled is None:
-            with jax.transfer_guard("allow"):  # constants of the program
-                self._compiled = self._step.lower(*arguments).compile()
-        return self._compiled(*arguments)
 
 
 def checked(config: settings.Tree) -> Settings:

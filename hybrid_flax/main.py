@@ -14,6 +14,12 @@ if __name__ == "__main__":
         "profile", "", "Steps to record with JAX's profiler into WORKDIR/profile, such as 10:15."
     )
     cli.run(
-        lambda config, workdir: train(config, workdir, profile=flags.FLAGS.profile),
+        lambda config, workdir: train(
+            config,
+            workdir,
+            profile=flags.FLAGS.profile,
+            compilation_cache=flags.FLAGS.compilation_cache,
+        ),
         in_parallel=True,
+        cache_of_user=False,
     )

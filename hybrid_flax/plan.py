@@ -22,12 +22,18 @@ from hybrid_flax.costs import scaling
 from hybrid_flax.costs.plan_text import show, show_scaling
 from hybrid_flax.costs.targets import EXAMPLES, find_target, set_up
 from hybrid_flax.errors import InputError
+from hybrid_flax.run import compilation_cache
 from hybrid_flax.step_plan import largest_batch, plan
 
 
 def main(config: ml_collections.ConfigDict, options) -> int:
     """Plans and prints; 1 if the step does not fit."""
     set_up()
+    with compilation_cache.cached(options.compilation_cache, compilation_cache.user_folder()):
+        return _main(config, options)
+
+
+def _main(config: ml_collections.ConfigDict, options) -> int:
     mesh = config.mesh
     if options.scaling and (mesh.fsdp, mesh.tensor, max(1, mesh.num_slices)) != (1, 1, 1):
         raise InputError(
@@ -53,4 +59,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "Stop before machine code is made: a tenth of the time.")
     flags.DEFINE_bool("scaling", False, "Show what a simple model says of 8 to 1024 chips.")
     flags.DEFINE_bool("json", False, "Print the figures alone, as JSON.")
-    cli.run(lambda config, workdir: main(config, flags.FLAGS), needs_workdir=False)
+    cli.run(
+        lambda config, workdir: main(config, flags.FLAGS),
+        needs_workdir=False,
+        cache_of_user=False,
+    )

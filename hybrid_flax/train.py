@@ -8,6 +8,7 @@ directory, writes and speaks: the `record` of the others is silent. What it alon
 others (`from_first`).
 """
 
+import contextlib
 import functools
 import logging
 import signal
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from hybrid_flax.build import CompiledOnce, Program, checked, open_splits, training_program
+from hybrid_flax.build import Program, checked, open_splits, training_program
 from hybrid_flax.data.feed import Data, Feed
 from hybrid_flax.data.identity import check_same_data, fingerprint
 from hybrid_flax.data.sources import EncodedSource
@@ -30,6 +31,8 @@ from hybrid_flax.distributed.transfer import broadcast_from_first, gather_to_hos
 from hybrid_flax.errors import InputError, TrainingError, closed_after
 from hybrid_flax.evaluate import Results, evaluate, show_results
 from hybrid_flax.run.cadence import Cadence
+from hybrid_flax.run.compilation_cache import FOLDER, cached
+from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.run.metrics import Numbers, PendingMetrics
 from hybrid_flax.run.phases import Phases
 from hybrid_flax.run.progress import seconds_at_peak
@@ -51,12 +54,14 @@ def train(
     workdir: str,
     *,
     profile: str = "",
+    compilation_cache: str | None = None,
     build: Callable[[Settings, Mesh, int], Program] = training_program,
 ) -> int:
     """Trains until the config's last epoch, continuing what the work directory holds.
 
     Args:
       profile: "FIRST:LAST" steps to record into WORKDIR/profile; "": none.
+      compilation_cache: see `compilation_cache.cached`; by default WORKDIR/compiled.
       build: makes the program of settings, for a mesh and so many steps per epoch.
 
     Returns:
@@ -80,7 +85,8 @@ def train(
         if is_first():
             fastest = seconds_at_peak(program.flops, settings.model.dtype, mesh.size)
             record = Record(settings, workdir, phases, profile=profile, seconds_at_peak=fastest)
-        return run(program, data, record, settings, mesh, watch)
+        cache = cached(compilation_cache, f"{workdir.rstrip('/')}/{FOLDER}")
+        return run(program, data, record, settings, mesh, watch, cache)
 
 
 def _check_same_everywhere(config: Settings, *sources: EncodedSource) -> None:
@@ -104,6 +110,7 @@ class Job(NamedTuple):
 
     program: Program
     train_step: CompiledOnce
+    eval_step: CompiledOnce
     data: Data
     record: Record | SilentRecord
     config: Settings
@@ -120,19 +127,31 @@ def run(
     config: Settings,
     mesh: Mesh,
     watch: Supervision,
+    cache: contextlib.AbstractContextManager[None],
 ) -> int:
     """Runs a program to its end, or until it is asked to stop; returns the exit status.
+
+    Args:
+      cache: of compiled programs; it is entered when the work directory belongs to this process.
 
     Raises:
       InputError: the work directory or its checkpoints cannot be used.
       TrainingError: the loss became non-finite, or a checkpoint or record could not be written.
     """
-    with record:
+    with record, cache:
         watch.watchdog.file = record.stall_file
         cadence = Cadence.from_config(config, data.steps_per_epoch)
-        train_step = CompiledOnce(program.train_step)
         job = Job(
-            program, train_step, data, record, config, mesh, watch.phases, watch.stop, cadence
+            program,
+            CompiledOnce(program.train_step, "training step"),
+            CompiledOnce(program.eval_step, "evaluation step"),
+            data,
+            record,
+            config,
+            mesh,
+            watch.phases,
+            watch.stop,
+            cadence,
         )
         try:
             _introduce(job)
@@ -308,7 +327,7 @@ def _evaluate(job: Job, state: State, asked_to_stop: Callable[[], bool]) -> Resu
     if "ema" in state:
         weights["val_ema"] = state["ema"]
     return evaluate(
-        job.program.eval_step,
+        job.eval_step,
         weights,
         job.data.val_transform,
         job.config,

@@ -1,262 +1,220 @@
 """Compiled programs, kept from one start to the next.
 
-JAX keeps compiled programs in a folder. It does not check what it reads there, and writes in place:
-a bit that flipped, or half a file, could become another program. So the folder that JAX is given is
-a working copy of this machine. The store beside the run has every entry under a name that ends in
-its SHA-256; an entry is copied out of it only if it agrees with that name, and into it by one
-rename.
+JAX keeps compiled programs by a key: a hash of the program, the compiler with its options, and the
+devices. Its own store writes in place and believes what it reads, so that a flipped bit, or half a
+file, may become another program. This one stands in its stead. An entry is a file that begins with
+the SHA-256 of its key and content and appears by one rename, in a folder that nobody but its owner
+may write to: compiled programs are code.
 
-On GPUs the same folder keeps what XLA found by timing (autotuning), without which two starts may
-choose other kernels, whose last bits differ. There the path of the copy belongs to JAX's key: it
-follows from the store's, and is the same at every start.
+Whatever is wrong with an entry or with the folder makes programs compile as they do without it, and
+is said.
 """
 
 import contextlib
-import dataclasses
-import fcntl
+import functools
 import hashlib
 import logging
 import os
 import pathlib
 import platform
-import re
-import stat
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from typing import TextIO
 
 import jax
+from jax._src import compilation_cache as jax_cache  # where it keeps its store has no public name
+from jax._src.compilation_cache_interface import CacheInterface
 
-from hybrid_flax.run.storage.bucket import Bucket, files_in, is_bucket, scratch
+from hybrid_flax.distributed.processes import everyone, from_first
+from hybrid_flax.errors import InputError
+from hybrid_flax.run.storage.bucket import is_bucket
+from hybrid_flax.run.storage.entries import BucketEntries, FolderEntries
+from hybrid_flax.run.tuning import Tuning
 
 FOLDER = "compiled"  # in a work directory, and in the user's cache
-_LOCK = ".lock"
-_LARGEST = 2**30  # bytes that a store may hold; the oldest entries go first
-_SEALED = re.compile(r"(.+)\.([0-9a-f]{64})")
-# Shorter ones cost more to look up than to compile; JAX's own limit is a second.
+OFF = "off"
+HELP = (
+    "Folder for compiled programs, on a disk or in a bucket; off: none. By default compiled/ in "
+    "the work directory of a training run, otherwise in the user's cache."
+)
+# Shorter compilations cost more to look up; JAX's own limit is a second.
 _SECONDS_WORTH_KEEPING = 0.1
+_HASH_BYTES = 32
+_TUNING = "what XLA found by timing"
 
 
-@dataclasses.dataclass
-class Compiled:
-    """What making programs has cost: seconds, and how many came from the cache or were new."""
-
-    trace: float = 0.0
-    lower: float = 0.0
-    compile: float = 0.0  # reading from the cache included
-    cached: int = 0
-    new: int = 0
-
-    def __str__(self) -> str:
-        seconds = self.trace + self.lower + self.compile
-        how = f"new: tracing {self.trace:.1f} s, lowering {self.lower:.1f} s"
-        return f"{seconds:.1f} s ({'from the cache' if self.cached and not self.new else how})"
-
-
-class CompilationCache:
-    """The compiled programs of a folder; `keep` adds those that this process has compiled since.
-
-    Whatever is wrong with the folder makes programs compile as without it, and is said once.
-
-    Args:
-      place: a local folder, made for its owner alone, or one on object storage.
-    """
-
-    def __init__(self, place: str):
-        self.place = os.path.join(place, machine())
-        self._bucket = Bucket(self.place) if is_bucket(place) else None
-        self._copy, self._lock = _working_copy(self.place)
-        self._known: set[str] = set()
-        self._broken = False
-        with self._or_none("read"):
-            damaged = self._read()
-            if damaged:
-                logging.warning(
-                    "%d of the compiled programs in %s are damaged: compiled anew",
-                    damaged,
-                    self.place,
-                )
-        if not jax.process_index():  # what a killed start left, and nobody checked
-            for name in set(files_in(self._copy)) - self._known - {_LOCK}:
-                os.remove(os.path.join(self._copy, name))
-        if jax.default_backend() != "gpu":
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-        jax.config.update("jax_compilation_cache_dir", self._copy)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS_WORTH_KEEPING)
-
-    def keep(self) -> None:
-        """Stores what was compiled since. No other thread may be compiling."""
-        if self._broken or jax.process_index():
-            return
-        new = [name for name in files_in(self._copy) if name not in self._known | {_LOCK}]
-        with self._or_none("write"):
-            sealed = []
-            for name in new:
-                content = pathlib.Path(self._copy, name).read_bytes()
-                sealed.append(self._store(name, content))
-            if self._bucket and sealed:
-                self._bucket.upload(self._copy, sealed)
-                for name in sealed:
-                    os.remove(os.path.join(self._copy, name))
-            self._known.update(new)
-
-    def _read(self) -> int:
-        """Copies the intact entries to where JAX looks; how many were not intact."""
-        if self._bucket:
-            store = scratch()
-            self._bucket.download(self._bucket.names(), store)
-        else:
-            store = self.place
-            _make_private(store)
-        self._make_room(store)
-        damaged = 0
-        for name in files_in(store):
-            entry = _SEALED.fullmatch(name)
-            content = pathlib.Path(store, name).read_bytes() if entry else b""
-            if entry and hashlib.sha256(content).hexdigest() == entry[2]:
-                _write(os.path.join(self._copy, entry[1]), content)
-                self._known.add(entry[1])
-            elif entry:
-                damaged += 1
-                self._drop(name)
-        return damaged
-
-    def _store(self, name: str, content: bytes) -> str:
-        """Writes an entry under its sealed name, which it returns."""
-        sealed = f"{name}.{hashlib.sha256(content).hexdigest()}"
-        folder = self._copy if self._bucket else self.place
-        _write(os.path.join(folder, sealed), content)
-        return sealed
-
-    def _drop(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            if self._bucket:
-                self._bucket.delete([name])
-            else:
-                os.remove(os.path.join(self.place, name))
-
-    def _make_room(self, store: str) -> None:
-        """Deletes the oldest entries beyond the size that a store may have, and what kills left."""
-        found = []
-        for name in files_in(store):
-            about = os.stat(os.path.join(store, name))
-            if name.endswith(".tmp") and time.time() - about.st_mtime > 3600:
-                self._drop(name)
-            else:
-                found.append((about.st_mtime, about.st_size, name))
-        total = sum(size for _, size, _ in found)
-        for _, size, name in sorted(found):
-            if total <= _LARGEST:
-                break
-            self._drop(name)
-            total -= size
-
-    @contextlib.contextmanager
-    def _or_none(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._broken = True
-            logging.warning(
-                "cannot %s compiled programs in %s: %s. Programs compile as without a cache",
-                action,
-                self.place,
-                error.strerror or error,
-            )
-
-
-def _working_copy(place: str) -> tuple[str, TextIO | None]:
-    """(the folder for JAX, open lock): the same at every start, but while it is in use."""
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    folder = os.path.join(tempfile.gettempdir(), f"hybrid_flax-{os.geteuid()}", name)
-    try:
-        for private in (os.path.dirname(folder), folder):
-            _make_private(private)
-        if jax.process_index():  # reads what the first process has
-            return folder, None
-        lock = open(os.path.join(folder, _LOCK), "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder, lock
-    except OSError:
-        return scratch(), None
-
-
-def _write(file: str, content: bytes) -> None:
-    """Writes a file that is whole or not there."""
-    os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
-    part = f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(part, "wb") as stream:
-            stream.write(content)
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
-
-
-def _make_private(folder: str) -> None:
-    """Makes a folder for its owner alone. Compiled programs are code: nobody else may write them.
-
-    Raises:
-      OSError: it cannot be made, or others may write in it.
-    """
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    about = os.lstat(folder)
-    if not stat.S_ISDIR(about.st_mode):
-        raise OSError("it is no folder")
-    if about.st_uid != os.geteuid():
-        raise OSError("it belongs to another user")
-    if about.st_mode & 0o022:
-        raise OSError("others may write in it; chmod go-w")
-
-
-def machine() -> str:
-    """What a compiled program may depend on and JAX's own key has not: the processor's features."""
-    features = platform.processor()
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                features = line
-                break
-    words = f"{platform.machine()} {platform.system()} {features}"
-    short = hashlib.sha256(words.encode()).hexdigest()[:8]
-    return f"{platform.machine()}-{short}-jax-{jax.__version__}"
-
-
-# ------------------------------------------------------------------------------------- accounting
-
-_EVENTS = {
-    "/jax/core/compile/jaxpr_trace_duration": "trace",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
-    "/jax/core/compile/backend_compile_duration": "compile",
-    "/jax/compilation_cache/cache_hits": "cached",
-    "/jax/compilation_cache/cache_misses": "new",
-}
-_of_thread = threading.local()
-
-
-def _count(event: str, amount: float = 1, **_: object) -> None:
-    for counts in getattr(_of_thread, "open", ()):
-        if event in _EVENTS:
-            field = _EVENTS[event]
-            setattr(counts, field, getattr(counts, field) + amount)
-
-
-jax.monitoring.register_event_listener(_count)
-jax.monitoring.register_event_duration_secs_listener(_count)
+def user_folder() -> str:
+    """The folder of this user and platform; OFF where the user has no home."""
+    home = os.path.expanduser("~")
+    usual = "Library/Caches" if platform.system() == "Darwin" else ".cache"
+    top = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(top):  # as its specification wants
+        top = os.path.join(home, usual)
+    return os.path.join(top, "hybrid_flax", FOLDER) if os.path.isabs(top) else OFF
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Compiled]:
-    """Counts what this thread compiles inside."""
-    counts = Compiled()
-    opened = _of_thread.__dict__.setdefault("open", [])
-    opened.append(counts)
+def cached(asked: str | None, default: str) -> Iterator[None]:
+    """Around what compiles programs: those that a folder has are not compiled again.
+
+    All processes of a run have to come here. Where not all of them see the folder it is not used.
+
+    Args:
+      asked: --compilation_cache: a folder, one on object storage, or OFF. None: what JAX was told
+        by JAX_COMPILATION_CACHE_DIR, or `default`.
+
+    Raises:
+      InputError: it is no name of a folder.
+    """
+    before = jax.config.jax_compilation_cache_dir
+    if asked is None and before:
+        yield
+        return
+    if asked == "":
+        raise InputError(
+            f"--compilation_cache=: expected a folder for compiled programs, or {OFF} for none"
+        )
+    place = default if asked is None else asked
+    store = None if place == OFF else _open(place if is_bucket(place) else os.path.abspath(place))
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     try:
-        yield counts
+        tuning = store.tuning if store else None
+        _give_to_jax(store, _SECONDS_WORTH_KEEPING, tuning.folder if tuning else None)
+        yield
     finally:
-        opened.remove(counts)
+        _give_to_jax(None, seconds, before)
+
+
+def _give_to_jax(store: CacheInterface | None, seconds: float, folder: str | None) -> None:
+    jax_cache.reset_cache()
+    jax_cache._cache = store
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _open(place: str) -> "CompilationCache | None":
+    """The store of a folder, if all processes see the same one.
+
+    On GPUs the processes of a run compile together: one that finds a program would leave the
+    others waiting.
+    """
+    if jax.process_count() == 1:
+        return CompilationCache(place)
+    token = os.urandom(8).hex()
+    token = from_first("write compiled programs", lambda: _written(place, token))
+    seen = (CompilationCache(place).get("token") or b"").decode() == token
+    found = everyone("find compiled programs", str(seen))
+    blind = [i for i, answer in enumerate(found) if answer != "True"]
+    if blind and jax.process_index() == 0:
+        logging.warning(
+            "processes %s do not see the compiled programs in %s: all compile as without a cache",
+            ", ".join(map(str, blind)),
+            place,
+        )
+    return None if blind else CompilationCache(place)
+
+
+def _written(place: str, token: str) -> str:
+    CompilationCache(place).put("token", token.encode())
+    return token
+
+
+class CompilationCache(CacheInterface):
+    """The compiled programs of a folder, as JAX asks for them.
+
+    The first process makes the folder and writes; all read.
+
+    Args:
+      place: absolute path of a local folder, or one on object storage.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self._path = pathlib.Path(place)  # for JAX's log
+        self._cannot: set[str] = set()  # "read", "write": said once, and not tried again
+        self.tuning: Tuning | None = None
+        with self._or_said("read", "write"):
+            kind = BucketEntries if is_bucket(place) else FolderEntries
+            self._entries = kind(place, make=jax.process_index() == 0)
+            if jax.default_backend() == "gpu":
+                self.tuning = Tuning(place)
+                self.tuning.unpack(self.get(_TUNING))
+
+    def get(self, key: str) -> bytes | None:
+        """The intact entry of a key; None if there is none."""
+        if "read" in self._cannot:
+            return None
+        with self._or_said("read"):
+            entry = self._entries.read(_name(key))
+            if entry is None:
+                return None
+            seal, value = entry[:_HASH_BYTES], entry[_HASH_BYTES:]
+            if seal == _seal(key, value):
+                return value
+            logging.warning(
+                "the compiled program %s in %s is damaged: it is compiled anew",
+                key.rpartition("-")[0] or key,
+                self.place,
+            )
+            self._entries.remove(_name(key))
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps a program; at once, for nobody knows when this process will be killed."""
+        if "write" in self._cannot:
+            return
+        with self._or_said("write"):
+            self._entries.write(_name(key), _seal(key, value) + value)
+            if self.tuning:
+                found = self.tuning.pack()
+                self._entries.write(_name(_TUNING), _seal(_TUNING, found) + found)
+
+    @contextlib.contextmanager
+    def _or_said(self, *actions: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._cannot.issuperset(actions):
+                logging.warning(
+                    "cannot %s compiled programs in %s: %s. Programs compile as without a cache",
+                    " or ".join(actions),
+                    self.place,
+                    error.strerror or error,
+                )
+            self._cannot.update(actions)
+
+
+def _seal(key: str, value: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\0" + value).digest()
+
+
+def _name(key: str) -> str:
+    """The file of a key: another for another JAX or, of CPUs, whose features programs use."""
+    return hashlib.sha256(f"{key} {jax.__version__} {_features()}".encode()).hexdigest()
+
+
+@functools.cache
+def _features() -> str:
+    words = f"{platform.system()} {platform.machine()}"
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(OSError):
+            lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            words += next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    return words
+
+
+# ----------------------------------------------------------------------------------- hits, counted
+
+_of_thread = threading.local()
+
+
+def _count(event: str, **_: object) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _of_thread.hits = hits() + 1
+
+
+jax.monitoring.register_event_listener(_count)
+
+
+def hits() -> int:
+    """How many programs this thread has found in the cache instead of compiling them."""
+    return getattr(_of_thread, "hits", 0)
