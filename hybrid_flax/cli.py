@@ -21,6 +21,7 @@ from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.run import compilation_cache, files
 from hybrid_flax.run.output import attended
+from hybrid_flax.run.phases import seconds_of_process
 from hybrid_flax.run.stop_signal import Stopped
 from hybrid_flax.run.supervision import supervised
 from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
@@ -76,6 +77,8 @@ def run(
         if config is not None:
             override(config, overrides)
         with supervised() as watch:
+            known = sum(watch.phases.seconds().values())
+            watch.phases.count("import", max(0.0, seconds_of_process() - known))
             seconds: Any = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):
                 watch.watchdog.seconds = seconds

@@ -189,17 +189,18 @@ def _seal(key: str, value: bytes) -> bytes:
 
 def _name(key: str) -> str:
     """The file of a key: another for another JAX or, of CPUs, whose features programs use."""
-    return hashlib.sha256(f"{key} {jax.__version__} {_features()}".encode()).hexdigest()
+    where = processor() if jax.default_backend() == "cpu" else platform.machine()
+    return hashlib.sha256(f"{key} {jax.__version__} {where}".encode()).hexdigest()
 
 
 @functools.cache
-def _features() -> str:
+def processor() -> str:
+    """Names this machine's kind of processor, with all that its programs may use: a hash."""
     words = f"{platform.system()} {platform.machine()}"
-    if jax.default_backend() == "cpu":
-        with contextlib.suppress(OSError):
-            lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-            words += next((x for x in lines if x.startswith(("flags", "Features"))), "")
-    return words
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        words += next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 # ----------------------------------------------------------------------------------- hits, counted

@@ -194,7 +194,7 @@ def test_another_jax_and_another_processor_are_misses(folder, monkeypatch):
     assert CompilationCache(str(folder)).get(KEY) is None
     monkeypatch.undo()
     assert CompilationCache(str(folder)).get(KEY) == VALUE
-    monkeypatch.setattr(compilation_cache, "_features", lambda: "flags: fewer")
+    monkeypatch.setattr(compilation_cache, "processor", lambda: "x86_64 with fewer flags")
     assert CompilationCache(str(folder)).get(KEY) is None
 
 
