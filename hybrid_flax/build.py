@@ -22,6 +22,7 @@ from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.run.workdir import differences
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import found_in, make_optimizer
@@ -122,6 +123,13 @@ class Program(NamedTuple):
             self.state,
             self.shardings,
         )
+
+
+def evaluation_step(program: Program) -> Callable[..., Any]:
+    """Compiled once, unless the averaged weights lie elsewhere than the trained ones."""
+    where = program.shardings
+    alike = where.get("ema", weights_of(where)) == weights_of(where)
+    return CompiledOnce(program.eval_step, "evaluation step") if alike else program.eval_step
 
 
 def batch_shapes(

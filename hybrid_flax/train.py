@@ -14,7 +14,7 @@ import logging
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,6 +24,7 @@ from hybrid_flax.build import (
     batch_shapes,
     check_same_everywhere,
     checked,
+    evaluation_step,
     open_splits,
     training_program,
 )
@@ -105,7 +106,7 @@ class Job(NamedTuple):
 
     program: Program
     train_step: CompiledOnce
-    eval_step: CompiledOnce
+    eval_step: Callable[..., Any]
     data: Data
     record: Record | SilentRecord
     config: Settings
@@ -141,7 +142,7 @@ def run(
         job = Job(
             program,
             CompiledOnce(program.train_step, "training step", saved(saved_program, mesh)),
-            CompiledOnce(program.eval_step, "evaluation step"),
+            evaluation_step(program),
             data,
             record,
             config,
@@ -171,7 +172,8 @@ def _begin_to_compile(job: Job, threads: ThreadPoolExecutor) -> None:
     if not config.dataset.label_maps:
         job.train_step.begin(threads, state, batch_shapes(config, job.mesh))
     images = batch_shapes(config, job.mesh, evaluation=True)
-    job.eval_step.begin(threads, weights_of(state), images)
+    if isinstance(job.eval_step, CompiledOnce):
+        job.eval_step.begin(threads, weights_of(state), images)
 
 
 def _train(job: Job) -> int:

@@ -108,7 +108,7 @@ def main() -> int:
 
     def count_down(call):
         def counted(self, state, batch):
-            if int(state["step"]) == options.kill_at:
+            if "step" in state and int(state["step"]) == options.kill_at:  # it trains
                 kill()
             return call(self, state, batch)
 
