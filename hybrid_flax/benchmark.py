@@ -28,6 +28,7 @@ from hybrid_flax.costs.subjects import Subject
 from hybrid_flax.costs.timm_subject import TimmSubject
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
+from hybrid_flax.run import compilation_cache
 from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
@@ -159,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", type=pathlib.Path, help="file for the figures")
     parser.add_argument("--json", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=records.positive, default=20, help="of each subject")
+    parser.add_argument("--compilation_cache", help=compilation_cache.HELP)
     options = parser.parse_args(arguments)
     if options.attention:
         print("--attention is now --implementation", file=sys.stderr)
@@ -174,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.implementation == "pallas":
             check_kernels(ours)
         others = [other_subject(options.against, options, ours)] if options.against else []
-        return run(options, ours, others)
+        with compilation_cache.cached(options.compilation_cache, compilation_cache.user_folder()):
+            return run(options, ours, others)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

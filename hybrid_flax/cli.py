@@ -19,8 +19,9 @@ from ml_collections import config_flags
 
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError, TrainingError
-from hybrid_flax.run import files
+from hybrid_flax.run import compilation_cache, files
 from hybrid_flax.run.output import attended
+from hybrid_flax.run.phases import seconds_of_process
 from hybrid_flax.run.stop_signal import Stopped
 from hybrid_flax.run.supervision import supervised
 from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
@@ -36,12 +37,16 @@ def run(
     needs_config: bool = True,
     needs_workdir: bool = True,
     in_parallel: bool = False,
+    cache_of_user: bool = True,
 ) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
 
     Without `needs_config` the former may be missing, and is None then; without `needs_workdir` the
     latter, and is "". With `in_parallel` it may run as several processes, on one or many hosts:
     they are joined before `main`, only the first prints, and an error of one ends all.
+
+    Compiled programs are kept in the user's cache or where --compilation_cache says; without
+    `cache_of_user` it is `main` that has to see to that.
 
     Exits as `ending` says.
     """
@@ -59,6 +64,7 @@ def run(
         sys_argv=given,
     )
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    cache_flag = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
     if in_parallel:
         _define_process_flags()
 
@@ -71,6 +77,8 @@ def run(
         if config is not None:
             override(config, overrides)
         with supervised() as watch:
+            known = sum(watch.phases.seconds().values())
+            watch.phases.count("import", max(0.0, seconds_of_process() - known))
             seconds: Any = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):
                 watch.watchdog.seconds = seconds
@@ -78,7 +86,10 @@ def run(
             raise InputError("--workdir is missing")
         if in_parallel:
             _join()
-        return main(config, workdir_flag.value or "")
+        if not cache_of_user:
+            return main(config, workdir_flag.value or "")
+        with compilation_cache.cached(cache_flag.value, compilation_cache.user_folder()):
+            return main(config, workdir_flag.value or "")
 
     def begin() -> int | None:
         try:

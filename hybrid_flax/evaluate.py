@@ -24,6 +24,7 @@ from hybrid_flax.data.loader import eval_batches
 from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import local_rows, round_up, to_devices
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.settings import Settings
 from hybrid_flax.start import open_trained
 from hybrid_flax.training.step import make_eval_step
@@ -135,7 +136,7 @@ def main(
     settings, source, mesh, model = found.prepared
     averaged = {"val_ema": found.averaged} if found.averaged else {}
     results = evaluate(
-        make_eval_step(as_function(model), settings.dataset, mesh),
+        CompiledOnce(make_eval_step(as_function(model), settings.dataset, mesh), "evaluation step"),
         {"val": found.trained, **averaged},
         EvalTransform.from_config(settings, source),
         settings,

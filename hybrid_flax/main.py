@@ -13,7 +13,17 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "profile", "", "Steps to record with JAX's profiler into WORKDIR/profile, such as 10:15."
     )
+    flags.DEFINE_string(
+        "program", "", "File with the compiled training step, from hybrid_flax.plan --save."
+    )
     cli.run(
-        lambda config, workdir: train(config, workdir, profile=flags.FLAGS.profile),
+        lambda config, workdir: train(
+            config,
+            workdir,
+            profile=flags.FLAGS.profile,
+            compilation_cache=flags.FLAGS.compilation_cache,
+            saved_program=flags.FLAGS.program,
+        ),
         in_parallel=True,
+        cache_of_user=False,
     )

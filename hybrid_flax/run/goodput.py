@@ -137,7 +137,7 @@ class Ledger:
         self._begun = True
         self.write(step)
 
-    def write(self, step: int, **more: bool) -> None:
+    def write(self, step: int, **more: Any) -> None:
         """Adds a line: what happened since the last one, in which the run came to `step`.
 
         A step before that of the last line, where a start or a run that was rolled back begins, is
