@@ -239,7 +239,7 @@ def classifier_width(model: Backbone, state: Mapping[str, np.ndarray]) -> int:
 
 
 def _classifier_keys(model: Backbone) -> set[str]:
-    """What classifiers of the model's class are called, by its release and by timm, built or not."""
+    """What classifiers of the model's class are called, by its release and by timm."""
     rules, keys = _rules(model), set[str]()
     for part in model.structure.classifier.split("|"):
         for number in range(_HEADS) if r"\d+" in part else (0,):
