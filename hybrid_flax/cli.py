@@ -41,8 +41,8 @@ def run(
     Exits as `ending` says.
     """
     sys.argv = with_home(sys.argv)
-    given, overrides = take_overrides(_in_present_names(sys.argv))
     try:
+        given, overrides = take_overrides(_in_present_names(sys.argv))
         given = with_found_config(given)
     except InputError as error:
         raise SystemExit(leave(2, str(error))) from None

@@ -55,6 +55,7 @@ class Checkpoints:
         keep_every_steps: int = 0,
         keep_best: int = 0,
     ):
+        _check_name(os.fspath(directory))
         self._stored = open_steps(directory)
         self.directory = self._stored.folder  # where steps are written first
         self._keep = keep
@@ -246,6 +247,17 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self._stored}: {reason}. "
             f"The last one there is of step {last}"
         )
+
+
+def _check_name(path: str) -> None:
+    """Raises InputError for a path that tensorstore cannot be given."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path!r}: this path is not UTF-8, or the locale is none with UTF-8: checkpoints "
+            "cannot lie there. Rename the folder, or start with LC_ALL=C.UTF-8"
+        ) from error
 
 
 def _size(count: int) -> str:

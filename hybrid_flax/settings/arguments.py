@@ -65,6 +65,8 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]
 
     A value is written as in Python; what is not Python is a text: `.mixer=pooling`. It takes no
     field that the config names: which there are, the model knows.
+
+    Raises InputError for a name that no field can have.
     """
     others: list[str] = []
     fields: dict[str, Any] = {}
@@ -75,11 +77,14 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]
         if not argument.startswith("-") or not name.startswith(_OVERRIDES):
             others.append(argument)
             continue
+        field = name.removeprefix(_OVERRIDES)
+        if not field.isidentifier():
+            raise InputError(f"{argument[:80]}: expected --config.model.overrides.FIELD=VALUE")
         value = value if given else next(rest, "")
         try:
-            fields[name.removeprefix(_OVERRIDES)] = ast.literal_eval(value)
+            fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            fields[name.removeprefix(_OVERRIDES)] = value
+            fields[field] = value
     return others, fields
 
 
