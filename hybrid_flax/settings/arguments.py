@@ -31,12 +31,15 @@ def with_found_config(arguments: Sequence[str]) -> list[str]:
     `.py`, from whatever folder.
 
     Raises:
-      InputError: neither is there.
+      InputError: neither is there, or several are given.
     """
     found = list(arguments)
+    flags = ("--config", "-config")
+    if sum(argument.partition("=")[0] in flags for argument in found) > 1:
+        raise InputError("--config is given more than once; give one config file")
     for i, argument in enumerate(found):
         flag, given, value = argument.partition("=")
-        if flag not in ("--config", "-config"):
+        if flag not in flags:
             continue
         if given:
             found[i] = f"{flag}={_file(value)}"
