@@ -72,7 +72,7 @@ def find_weights(content: Any, entry: str | None, published: str | None, path: s
 def _objects(content: Mapping[Any, Any]) -> str:
     """Which entry is an object whose code is not here, and what to do about it; "" for none."""
     for name, value in content.items():
-        if isinstance(value, StandIn):
+        if isinstance(value, StandIn) and value.stands_for:
             return (
                 f". {shorten(str(name))} is an object of {value.stands_for}, which needs the code "
                 "of that class. Where that is to be had, save its state_dict()"

@@ -47,12 +47,24 @@ def ending(program: Callable[[], int | None], *, limited: bool = True) -> int | 
         return leave(stopped.status, str(stopped), is_error=False)
     except Exception as error:
         if not processes.several():
+            if reason := _no_devices():
+                return leave(2, reason)
             raise
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, jax.errors.JaxRuntimeError) and "connection" in reason.lower():
             reason = f"the connection to another process is lost, see its log ({reason})"
         return leave(1, reason)
+
+
+def _no_devices() -> str:
+    """Why JAX has none of the devices that it was told to use; "" where it has."""
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, or an assertion of JAX
+        said = " ".join(str(error).split())[:200] or "there are none"
+        return f"JAX has no devices with JAX_PLATFORMS={jax.config.jax_platforms or ''}: {said}"
+    return ""
 
 
 def leave(status: int, reason: str, *, is_error: bool = True) -> int:
