@@ -13,7 +13,7 @@ from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.data.augmentation.policies import parse_policy
 from hybrid_flax.data.sources import EncodedSource, Source, describe_files, source_of
 from hybrid_flax.distributed.mesh import make_mesh
-from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.distributed.shardings import say_unused_rules, state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
@@ -248,6 +248,7 @@ def abstract_model(config: Settings) -> Backbone:
 
 def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:
     options = vars(config.sharding)
+    say_unused_rules(options["rules"], state)
     whole = state_shardings(state, mesh, structure, **options)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)
