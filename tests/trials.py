@@ -62,6 +62,7 @@ def run(
     """Tries so many inputs of a kind."""
     counts: collections.Counter = collections.Counter()
     failures = []
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of the children, before they import it
     context = multiprocessing.get_context("spawn")
     while first < inputs:
         receive, send = context.Pipe(duplex=False)
@@ -95,7 +96,6 @@ def run(
 def _child(kind: str, first: int, inputs: int, seed: int, send: Any) -> None:
     logging.disable()
     warnings.simplefilter("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         for number in range(first, inputs):
             own = pathlib.Path(folder, str(number))

@@ -62,8 +62,9 @@ def _no_devices() -> str:
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or an assertion of JAX
+        asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]  # it has
         said = " ".join(str(error).split())[:200] or "there are none"
-        return f"JAX has no devices with JAX_PLATFORMS={jax.config.jax_platforms or ''}: {said}"
+        return f"JAX has no devices with JAX_PLATFORMS={asked}: {said}"
     return ""
 
 
