@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ import hybrid_flax
 from benchmarks import plans
 from hybrid_flax.models import registry
 from hybrid_flax.models.gramian.network import GramianNet
+from hybrid_flax.run.ending import ending
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
@@ -252,6 +254,10 @@ def main() -> None:
     plans.render()
 
 
-if __name__ == "__main__":
+def _program() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help only
     main()
+
+
+if __name__ == "__main__":
+    sys.exit(ending(_program, limited=False))

@@ -29,6 +29,7 @@ from hybrid_flax.costs.timm_subject import TimmSubject
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.run import compilation_cache
+from hybrid_flax.run.ending import ending
 from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
@@ -143,6 +144,10 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="one of hybrid_flax.list_models()")
     parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
@@ -170,17 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.save = options.json
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        records.check_file("--save", options.save)
-        ours = make_ours(options, "ours", options.implementation)
-        if options.implementation == "pallas":
-            check_kernels(ours)
-        others = [other_subject(options.against, options, ours)] if options.against else []
-        with compilation_cache.cached(options.compilation_cache, compilation_cache.user_folder()):
-            return run(options, ours, others)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    records.check_file("--save", options.save)
+    ours = make_ours(options, "ours", options.implementation)
+    if options.implementation == "pallas":
+        check_kernels(ours)
+    others = [other_subject(options.against, options, ours)] if options.against else []
+    with compilation_cache.cached(options.compilation_cache, compilation_cache.user_folder()):
+        return run(options, ours, others)
 
 
 def run(options: argparse.Namespace, ours: Subject, others: list[Subject | TimmSubject]) -> int:

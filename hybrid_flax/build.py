@@ -16,7 +16,7 @@ from hybrid_flax.data.sources import EncodedSource, Source, describe_files, sour
 from hybrid_flax.distributed.batch import batch_sharded, round_up
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.processes import from_first
-from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.distributed.shardings import say_unused_rules, state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
@@ -287,6 +287,7 @@ def abstract_model(config: Settings) -> Backbone:
 
 def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:
     options = vars(config.sharding)
+    say_unused_rules(options["rules"], state)
     whole = state_shardings(state, mesh, structure, **options)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)

@@ -1,7 +1,8 @@
 """Trains a model: python -m hybrid_flax.main --config=configs/gcvit_b.py --workdir=DIR
 
 The same command continues a run that was interrupted. Exit status: 0 finished, 1 training had to
-stop, 2 unusable input, 124 no progress (the watchdog), 143 or 130 saved after SIGTERM or Ctrl-C.
+stop, 2 unusable input, 124 no progress (the watchdog), 143, 130 or 129 saved after SIGTERM, Ctrl-C
+or SIGHUP.
 """
 
 from absl import flags

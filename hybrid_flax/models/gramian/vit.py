@@ -133,6 +133,7 @@ class GAViT(GramianNet):
         stem=r"trunk/(?:patches/|positions$)",
         blocks=r"trunk/blocks/(\d+)/",
         end=r"trunk/norm/|heads/",
+        position_map=r"trunk/positions$",
     )
     feature_maps = ("norm",)  # of stride 16
 
