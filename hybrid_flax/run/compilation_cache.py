@@ -65,7 +65,7 @@ def cached(asked: str | None, default: str) -> Iterator[None]:
     Raises:
       InputError: it is no name of a folder.
     """
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if asked is None and before:
         yield
         return
@@ -75,7 +75,7 @@ def cached(asked: str | None, default: str) -> Iterator[None]:
         )
     place = default if asked is None else asked
     store = None if place == OFF else _open(place if is_bucket(place) else os.path.abspath(place))
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     try:
         tuning = store.tuning if store else None
         _give_to_jax(store, _SECONDS_WORTH_KEEPING, tuning.folder if tuning else None)
