@@ -48,8 +48,8 @@ def _convert(options: argparse.Namespace) -> str:
     info = registry.model_info(options.model)
     if not options.out:
         raise InputError("--out is empty: expected a folder to write to")
-    if os.path.lexists(options.out) and not os.path.isdir(options.out):
-        raise InputError(f"--out={options.out} is no folder: expected one, or a name that is free")
+    if os.path.exists(options.out) and not os.path.isdir(options.out):
+        raise InputError(f"--out={options.out} is a file: expected a folder to write to")
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")
