@@ -17,7 +17,8 @@ from typing import Any
 
 import configs
 import hybrid_flax
-from benchmarks import plans
+from benchmarks import plans, scan_blocks
+from hybrid_flax.costs.plan_text import size
 from hybrid_flax.models import registry
 from hybrid_flax.models.gramian.network import GramianNet
 from hybrid_flax.run.ending import ending
@@ -222,9 +223,32 @@ def decay() -> str:
     return table(["configs", "decays", "does not decay"], sorted(rows))
 
 
+# ----------------------------------------------------------------------------------------- costs
+def loops() -> str:
+    """Tabulates what loops over equal blocks save and cost; a row for each step compiled twice."""
+    head = ["config", "target", "seconds to compile", "less by", "temporary memory", "traffic"]
+    entries, rows = scan_blocks.load(), []
+    for name, target, scan in entries:
+        if scan == "on" and (name, target, "off") in entries:
+            off, on = (entries[name, target, which] for which in ("off", "on"))
+            found = scan_blocks.ratios(off, on)
+            seconds = f"{off['compile_seconds']:.0f} → {on['compile_seconds']:.0f}"
+            rows.append(
+                [f"`{name}`", target, seconds, f"{found['compile']:.1f}×"]
+                + [
+                    f"{size(off[key])} → {size(on[key])}: {found[what]:.2f}×"
+                    if what in found
+                    else "not counted"
+                    for key, what in (("temporary_bytes", "memory"), ("memory_traffic", "traffic"))
+                ]
+            )
+    return table(head, rows)
+
+
 # ------------------------------------------------------------------------------------- documents
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"families": families},
+    "docs/costs.md": {"scan_blocks": loops},
     "docs/models.md": {"models": models},
     "docs/recipes.md": {
         "schedules": schedules,

@@ -135,6 +135,7 @@ def make_ours(options: argparse.Namespace, label: str, implementation: str) -> S
         image_size=options.image_size,
         dtype=options.dtype,
         implementation=implementation,
+        scan_blocks=options.scan_blocks,
     )
 
 
@@ -158,6 +159,12 @@ def _main(arguments: list[str] | None) -> int:
         choices=IMPLEMENTATIONS,
         default="auto",
         help="of windowed attention and deformable sampling: pallas/*/choice.py",
+    )
+    parser.add_argument(
+        "--scan_blocks",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="equal blocks as a loop: hybrid_flax/scan_choice.py",
     )
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")

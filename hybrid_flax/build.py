@@ -24,6 +24,7 @@ from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.run.workdir import differences
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import found_in, make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
@@ -261,9 +262,10 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
         return new_state(weights, optimizer, config.ema_decay)
 
     state = jax.eval_shape(begin, bridge.get_weights(model))
+    scan = scans(config.model, mesh)
     shardings = _shardings(state, config, mesh, model.structure)
     train_step = make_train_step(
-        as_training_function(model, config.model.remat),
+        as_training_function(model, config.model.remat, scan=scan),
         optimizer,
         schedule,
         config,
@@ -272,7 +274,7 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
         shardings=shardings,
     )
     where = weights_of(shardings.state)
-    eval_step = make_eval_step(as_function(model), config.dataset, mesh, where)
+    eval_step = make_eval_step(as_function(model, scan=scan), config.dataset, mesh, where)
 
     def flops():
         return training_flops(model, config.model.image_size, config.batch_size)

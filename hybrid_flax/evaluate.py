@@ -25,6 +25,7 @@ from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import local_rows, round_up, to_devices
 from hybrid_flax.errors import InputError
 from hybrid_flax.run.compiling import CompiledOnce
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Settings
 from hybrid_flax.start import open_trained
 from hybrid_flax.training.step import make_eval_step
@@ -135,8 +136,9 @@ def main(
     found = open_trained(config, workdir, "val", given)
     settings, source, mesh, model = found.prepared
     averaged = {"val_ema": found.averaged} if found.averaged else {}
+    apply = as_function(model, scan=scans(settings.model, mesh))
     results = evaluate(
-        CompiledOnce(make_eval_step(as_function(model), settings.dataset, mesh), "evaluation step"),
+        CompiledOnce(make_eval_step(apply, settings.dataset, mesh), "evaluation step"),
         {"val": found.trained, **averaged},
         EvalTransform.from_config(settings, source),
         settings,

@@ -12,8 +12,9 @@ import ml_collections
 from hybrid_flax import settings
 from hybrid_flax.build import batch_shapes, checked, training_program
 from hybrid_flax.costs import compile_only
-from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
+from hybrid_flax.costs.hlo_text import collectives, largest
 from hybrid_flax.costs.targets import GIB, Target, find_target, set_up
+from hybrid_flax.costs.traffic import memory_traffic
 from hybrid_flax.distributed.batch import batch_parts, check_batch_size
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import memory_table

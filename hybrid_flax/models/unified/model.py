@@ -37,6 +37,7 @@ from hybrid_flax.layers import (
     layer_scale,
     linear,
     normal_init,
+    run_blocks,
     scaled,
     split_key,
 )
@@ -192,8 +193,7 @@ class Stage(nnx.Module):
         """Returns (blocks' output, the same after the norm), both [B, H', W', C']."""
         if not self.is_first:
             x = self.downsample(x)
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = block(x, block_key)
+        *_, x = run_blocks(self.blocks, x, key)
         return x, self.norm(x)
 
 
