@@ -26,7 +26,7 @@ import configs
 from hybrid_flax.costs import compile_only, records
 from hybrid_flax.costs.targets import Target, find_target, set_up
 from hybrid_flax.costs.traffic import memory_traffic
-from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.step_plan import lower
 from hybrid_flax.versions import versions
 
@@ -120,7 +120,11 @@ def ratios(before: Entry, after: Entry) -> dict[str, float]:
 
 
 def main() -> int:
-    """Compiles what is missing; 1 if anything failed, 2 if nothing can be compiled."""
+    """Compiles what is missing; 1 if anything failed."""
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -128,27 +132,23 @@ def main() -> int:
     options = parser.parse_args()
     set_up()
     entries, failures = load(), 0
-    try:
-        for target in options.targets.split(","):
-            if target != "cpu":
-                find_target(target)
-            for name in options.configs.split(","):
-                for scan in ("off", "on"):
-                    key = (name, target, scan)
-                    if key in entries and not options.again:
-                        continue
-                    try:
-                        entries[key] = entry(*key)
-                    except compile_only.CompilerError as error:
-                        print(f"{' '.join(key)}: {error}", file=sys.stderr)
-                        failures += 1
-                        continue
-                    records.save(RESULTS, {"entries": [entries[each] for each in sorted(entries)]})
-                    shown = {k: v for k, v in entries[key].items() if k != "versions"}
-                    print(json.dumps(shown, ensure_ascii=False), flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for target in options.targets.split(","):
+        if target != "cpu":
+            find_target(target)
+        for name in options.configs.split(","):
+            for scan in ("off", "on"):
+                key = (name, target, scan)
+                if key in entries and not options.again:
+                    continue
+                try:
+                    entries[key] = entry(*key)
+                except compile_only.CompilerError as error:
+                    print(f"{' '.join(key)}: {error}", file=sys.stderr)
+                    failures += 1
+                    continue
+                records.save(RESULTS, {"entries": [entries[each] for each in sorted(entries)]})
+                shown = {k: v for k, v in entries[key].items() if k != "versions"}
+                print(json.dumps(shown, ensure_ascii=False), flush=True)
     return 1 if failures else 0
 
 
