@@ -109,7 +109,7 @@ class Program(NamedTuple):
     """A training run without its data."""
 
     train_step: jax.stages.Wrapped  # see `make_train_step`
-    eval_step: Callable[..., dict[str, jax.Array]]  # see `make_eval_step`
+    eval_step: jax.stages.Wrapped  # see `make_eval_step`
     fresh: Callable[[], bridge.Weights]  # initial weights, from the seed
     begin: Callable[[bridge.Weights], State]  # from them to the state before the first step
     state: State  # its shapes and dtypes

@@ -141,8 +141,9 @@ def run(
             CompiledOnce(program.train_step, "training step", saved(saved_program, mesh)),
             evaluation_step(program),
         )
-        rest = watch.phases, watch.stop, Cadence.from_config(config, data.steps_per_epoch)
-        job = Job(program, *steps, data, record, config, mesh, *rest)
+        cadence = Cadence.from_config(config, data.steps_per_epoch)
+        phases, stop = watch.phases, watch.stop
+        job = Job(program, *steps, data, record, config, mesh, phases, stop, cadence)
         try:
             _introduce(job)
             _begin_to_compile(job, threads)
