@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybrid_flax.costs import records
-from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.run.goodput import read_ledger
 
 SUBJECTS = {
@@ -109,6 +109,10 @@ def kills(folder: pathlib.Path, count: int) -> list[float]:
 
 
 def main() -> int:
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=pathlib.Path, help="file for the figures")
     parser.add_argument("--subjects", default=",".join(SUBJECTS), help="of them, and kills")
@@ -116,12 +120,8 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    try:
-        records.check_file("--save", options.save)
-        return measure(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    records.check_file("--save", options.save)
+    return measure(options)
 
 
 def measure(options: argparse.Namespace) -> int:

@@ -129,8 +129,7 @@ def run(
     """Runs a program to its end, or until it is asked to stop; returns the exit status.
 
     Args:
-      cache: of compiled programs; it is entered when the work directory belongs to this process.
-      saved_program: see `train`.
+      cache: of compiled programs, entered when the work directory belongs to this process.
 
     Raises:
       InputError: the work directory or its checkpoints cannot be used.
@@ -138,19 +137,13 @@ def run(
     """
     with record, cache, compiling() as threads:
         watch.watchdog.file = record.stall_file
-        cadence = Cadence.from_config(config, data.steps_per_epoch)
-        job = Job(
-            program,
+        steps = (
             CompiledOnce(program.train_step, "training step", saved(saved_program, mesh)),
             evaluation_step(program),
-            data,
-            record,
-            config,
-            mesh,
-            watch.phases,
-            watch.stop,
-            cadence,
         )
+        cadence = Cadence.from_config(config, data.steps_per_epoch)
+        phases, stop = watch.phases, watch.stop
+        job = Job(program, *steps, data, record, config, mesh, phases, stop, cadence)
         try:
             _introduce(job)
             _begin_to_compile(job, threads)
@@ -161,13 +154,10 @@ def run(
 
 
 def _begin_to_compile(job: Job, threads: ThreadPoolExecutor) -> None:
-    """Lets both steps compile while the run is restored and the first images are read.
-
-    Not on GPUs, where compiling measures on the devices, nor where there is nothing left to train.
-    """
+    """Lets both steps compile while the run is restored and the first images are read."""
     newest = from_first("look for checkpoints", job.record.newest_step)
     if jax.default_backend() == "gpu" or newest == job.cadence.total_steps:
-        return
+        return  # GPUs' compiler measures on the devices; a finished run compiles nothing
     state, config = job.program.placed(), job.config
     if not config.dataset.label_maps:
         job.train_step.begin(threads, state, batch_shapes(config, job.mesh))

@@ -3,11 +3,11 @@
 python -m tests.chaos [--faults=300] [--seed=0] [--folder=DIR]       (make chaos)
 
 The program is `python -m hybrid_flax.main` as anyone starts it, seen only from outside: from its
-exit status, its log and its work directory. Some faults damage the newest checkpoint, or a
-program in the cache, between two starts, the others stop the process; most strike at a step that
-was drawn beforehand, a few while it starts. Then the run is left alone to its end, and its last
-checkpoint, with weights, averages and optimizer, is compared bit by bit with that of an undisturbed
-run.
+exit status, its log and its work directory. Some faults damage the newest checkpoint, or a compiled
+program that the next start would load, between two starts; the others stop the process. Most strike
+at a step that was drawn beforehand, a few while it starts. Then the run is left alone to its end,
+and its last checkpoint, with weights, averages and optimizer, is compared bit by bit with that of
+an undisturbed run.
 
 To start hundreds of times in reasonable time, each start is a fork of this process, which has
 imported everything but has not touched JAX's devices. The forks are processes like any other, and

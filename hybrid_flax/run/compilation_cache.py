@@ -19,6 +19,7 @@ import pathlib
 import platform
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax._src import compilation_cache as jax_cache  # where it keeps its store has no public name
@@ -38,6 +39,10 @@ HELP = (
 )
 # Shorter compilations cost more to look up; JAX's own limit is a second.
 _SECONDS_WORTH_KEEPING = 0.1
+_OPTIONS = _FOLDER, _SECONDS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 _HASH_BYTES = 32
 _TUNING = "what XLA found by timing"
 
@@ -65,8 +70,8 @@ def cached(asked: str | None, default: str) -> Iterator[None]:
     Raises:
       InputError: it is no name of a folder.
     """
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if asked is None and before:
+    before = {name: getattr(jax.config, name) for name in _OPTIONS}
+    if asked is None and before[_FOLDER]:
         yield
         return
     if asked == "":
@@ -75,20 +80,20 @@ def cached(asked: str | None, default: str) -> Iterator[None]:
         )
     place = default if asked is None else asked
     store = None if place == OFF else _open(place if is_bucket(place) else os.path.abspath(place))
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
+    tuning = store.tuning if store else None
+    folder_of_xla = tuning.folder if tuning else None
     try:
-        tuning = store.tuning if store else None
-        _give_to_jax(store, _SECONDS_WORTH_KEEPING, tuning.folder if tuning else None)
+        _give_to_jax(store, {_FOLDER: folder_of_xla, _SECONDS: _SECONDS_WORTH_KEEPING})
         yield
     finally:
-        _give_to_jax(None, seconds, before)
+        _give_to_jax(None, before)
 
 
-def _give_to_jax(store: CacheInterface | None, seconds: float, folder: str | None) -> None:
+def _give_to_jax(store: CacheInterface | None, options: dict[str, Any]) -> None:
     jax_cache.reset_cache()
     jax_cache._cache = store
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    for name, value in options.items():
+        jax.config.update(name, value)
 
 
 def _open(place: str) -> "CompilationCache | None":
