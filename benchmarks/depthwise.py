@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_flax.costs import records, timing
-from hybrid_flax.errors import InputError
 from hybrid_flax.layers import convolutions
+from hybrid_flax.run.ending import ending
 
 # (batch, side, channels, kernel): the stages of GC ViT and GLNet, CSWin's and the 7×7 of ConvNeXt.
 SHAPES = (
@@ -97,14 +97,14 @@ def show(row: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    try:
-        records.check_file("--save", options.save)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    records.check_file("--save", options.save)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     record = {**records.record("torch"), "dtype": dtype, "rows": []}
     print(f"{record['device']}, {dtype}; milliseconds")

@@ -20,7 +20,7 @@ from hybrid_flax.build import checked, training_program
 from hybrid_flax.costs import records, timing
 from hybrid_flax.distributed.batch import batch_sharded, to_devices
 from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
-from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.settings import Settings
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.losses import smoothed_one_hot
@@ -74,6 +74,10 @@ def subjects(config: Settings) -> dict[str, Callable]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=records.positive, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the config's")
@@ -85,13 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     config.model.num_classes = 1000
     if options.dtype:
         config.model.dtype = options.dtype
-    try:
-        records.check_file("--save", options.save)
-        settings = checked(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return measure(settings, options.turns, options.save)
+    records.check_file("--save", options.save)
+    return measure(checked(config), options.turns, options.save)
 
 
 def measure(config: Settings, turns: int, file: pathlib.Path | None) -> int:

@@ -33,6 +33,7 @@ from hybrid_flax.data.loader import train_batches
 from hybrid_flax.data.sources import source_of
 from hybrid_flax.data.transforms import TrainTransform
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.settings import from_config
 
 # (share, width, height) of the files. Most of ImageNet's photographs come from Flickr, whose longer
@@ -135,6 +136,10 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cores", type=records.positive, default=1)
     parser.add_argument("--images", type=records.positive, default=512)
@@ -142,14 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=records.positive, default=24, help="in a turn")
     parser.add_argument("--save", type=pathlib.Path, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    try:
-        records.check_file("--save", options.save)
-        _tie_to(options.cores)
-        if options.images < BATCH_SIZE:
-            raise InputError(f"--images={options.images}: a batch alone has {BATCH_SIZE}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    records.check_file("--save", options.save)
+    _tie_to(options.cores)
+    if options.images < BATCH_SIZE:
+        raise InputError(f"--images={options.images}: a batch alone has {BATCH_SIZE}")
 
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

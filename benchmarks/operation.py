@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from benchmarks import operation_torch
 from hybrid_flax.costs import chips, records, timing
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from pallas.dispatch import Kernels, choose
 
 PASSES = ("forward", "forward + backward")
@@ -191,7 +191,11 @@ def show(name: str, row: dict) -> str:
 
 
 def command(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
-    """The `main` of a benchmark; exit status 2 for input that does not fit."""
+    """The `main` of a benchmark; its exit status, as `ending` says."""
+    return ending(lambda: _command(benchmark, arguments), limited=False) or 0
+
+
+def _command(benchmark: Benchmark, arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=benchmark.description)
     parser.add_argument("--batch", type=records.positive, help="images; 128, on CPUs 1")
     parser.add_argument("--shapes", default="all", help="only those whose name has this in it")
@@ -201,12 +205,8 @@ def command(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     on_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
     batch = options.batch or (1 if on_cpu else 128)
-    try:
-        records.check_file("--save", options.save)
-        chosen = select(benchmark.shapes(dtype), options.shapes)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    records.check_file("--save", options.save)
+    chosen = select(benchmark.shapes(dtype), options.shapes)
     record = {**records.record("torch"), "batch": batch, "dtype": dtype}
     record |= {**benchmark.conditions, "rows": {}}
     print(f"{record['device']}, {batch} images, {dtype}; microseconds")

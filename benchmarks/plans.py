@@ -27,6 +27,7 @@ from hybrid_flax.costs.plan_text import size
 from hybrid_flax.costs.targets import Target, find_target, set_up
 from hybrid_flax.costs.timing import reason
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.step_plan import plan
 from hybrid_flax.versions import versions
 
@@ -207,6 +208,10 @@ def _speed(row) -> str:
 
 
 def main() -> int:
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     """Compiles what is missing; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default="*", help="shell pattern of configs' names")
@@ -220,11 +225,7 @@ def main() -> int:
     set_up()
     entries, failures = load(), 0
     for topology in options.topologies.split(","):
-        try:
-            target = find_target(topology)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        target = find_target(topology)
         for name in by_size(options.configs):
             kept = entries.get((name, topology))
             if kept and "failed" not in kept and not options.again:

@@ -14,10 +14,10 @@ import jax
 import convert
 from convert.state_dict import model_from_state_dict
 from convert.tensors import check_finite
-from hybrid_flax import cli
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.ending import ending
 from hybrid_flax.settings.arguments import with_home
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.class_map import read_class_map, select_classes
@@ -28,6 +28,10 @@ ENTRY_HELP = "entry with the weights: model, ema/module, . for the file itself; 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="name of the model, such as gcvit_b")
     parser.add_argument("file", help="the released file (.pth.tar, .pth, .safetensors)")
@@ -37,14 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--class_map", metavar="FILE", help="keep only these rows of the classifier, one a line"
     )
     parser.add_argument("--image_size", type=int, help="pixels; default: as the file's tables say")
-    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
-    return cli.ending(lambda: print(_convert(options)), limited=False) or 0
+    print(_convert(parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))))
 
 
 def _convert(options: argparse.Namespace) -> str:
     info = registry.model_info(options.model)
     if not options.out:
         raise InputError("--out is empty: expected a folder to write to")
+    if os.path.exists(options.out) and not os.path.isdir(options.out):
+        raise InputError(f"--out={options.out} is a file: expected a folder to write to")
     checkpoints = Checkpoints(os.path.join(options.out, "checkpoints"))
     if checkpoints.steps():
         raise InputError(f"--out={options.out} holds checkpoints already; choose another folder")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from convert.pickles import StandIn
 from convert.tensors import is_array, shorten
 from hybrid_flax.errors import InputError
 
@@ -56,7 +57,7 @@ def find_weights(content: Any, entry: str | None, published: str | None, path: s
     if not found:
         raise InputError(
             f"{path} has no weights under any of {', '.join(_USUAL)}, nor is it a bare state_dict; "
-            f"its entries are {_listed(content)}"
+            f"its entries are {_listed(content)}" + _objects(content)
         )
     counts = {name: sum(map(is_array, weights.values())) for name, weights in found.items()}
     first = published if published in found else _first(counts, path)
@@ -66,6 +67,17 @@ def find_weights(content: Any, entry: str | None, published: str | None, path: s
         if name not in (first, _ITSELF) and counts[name] >= 0.9 * counts[first]
     ]
     return Found(found[first], first, others)
+
+
+def _objects(content: Mapping[Any, Any]) -> str:
+    """Which entry is an object whose code is not here, and what to do about it; "" for none."""
+    for name, value in content.items():
+        if isinstance(value, StandIn) and value.stands_for:
+            return (
+                f". {shorten(str(name))} is an object of {value.stands_for}, which needs the code "
+                "of that class. Where that is to be had, save its state_dict()"
+            )
+    return ""
 
 
 def _first(counts: Mapping[str, int], path: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from convert.entries import AVERAGED
-from convert.rules import Pairs
+from convert.rules import Pairs, rename
 from convert.tensors import shorten
 from hybrid_flax.errors import InputError
 
@@ -64,7 +64,7 @@ def release_keys(
     state = {key: array for key, array in state.items() if not _OF_TOOLS.search(key)}
     names = {"": {key: key for key in (*shapes, *derived)}}
     if timm is not None:
-        names["timm"] = {_rename(key, timm): key for key in shapes}
+        names["timm"] = {rename(key, timm): key for key in shapes}
     found: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
     for key in state:
         for prefix, rest in _splits(key):
@@ -87,12 +87,6 @@ def code_base(keys: Collection[str]) -> str:
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
             return name
     return ""
-
-
-def _rename(key: str, pairs: Pairs) -> str:
-    for pattern, replacement in pairs:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def _splits(key: str) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The form of a family's conversion rules, which its file in this folder exports as `RULES`."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,13 @@ import numpy as np
 from convert.official import Official
 
 Pairs = tuple[tuple[str, str], ...]
+
+
+def rename(key: str, pairs: Pairs) -> str:
+    """Applies (regular expression, replacement) in order."""
+    for pattern, replacement in pairs:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 class Rules(NamedTuple):

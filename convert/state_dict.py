@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.keys import Renamed, code_base, release_keys
 from convert.official import Official
-from convert.rules import Pairs, Rules
+from convert.rules import Pairs, Rules, rename
 from convert.tensors import shorten, to_arrays
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
@@ -61,7 +61,8 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
     Args:
       model: from `create_model`; it may be abstract (`bridge.abstract`).
       state: {key: array} as `load_checkpoint` returns it; PyTorch tensors are taken too. Buffers
-        that follow from the architecture (relative position indices) may be left out.
+        that follow from the architecture (relative position indices) may be left out. A model
+        without a classifier (`num_classes=0`) takes none, which is printed.
 
     Raises:
       InputError: counting the missing, unexpected, mis-shaped and unusable keys, with some of each;
@@ -69,7 +70,9 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
     """
     table, buffers = _table(model), _rules(model).derived_buffers(model)
     found = _release_keys(model, table, buffers, state)
-    state = found.state
+    classifier = _classifier_keys(model) - table.keys()
+    unneeded = sorted(classifier & found.state.keys()) if model.num_classes == 0 else []
+    state = {key: array for key, array in found.state.items() if key not in unneeded}
     unusable, weights = [], {}
     for key, array in state.items():
         if key in buffers:
@@ -103,6 +106,8 @@ def load_state_dict(model: Backbone, state: Mapping[str, np.ndarray]) -> None:
             f"num_classes, image_size); nothing was loaded{hint}\n"
             + summary(missing, unexpected, unusable)
         )
+    if unneeded:
+        print(f"the classifier is left out, for num_classes=0: {', '.join(unneeded[:3])}")
     if found.note:
         print(found.note)
     bridge.set_weights(model, unflatten(weights))
@@ -233,6 +238,21 @@ def classifier_width(model: Backbone, state: Mapping[str, np.ndarray]) -> int:
     )
 
 
+def _classifier_keys(model: Backbone) -> set[str]:
+    """What classifiers of the model's class are called, by its release and by timm."""
+    rules, keys = _rules(model), set[str]()
+    for part in model.structure.classifier.split("|"):
+        for number in range(_HEADS) if r"\d+" in part else (0,):
+            for leaf in ("kernel", "bias"):
+                path = part.replace(r"\d+", str(number)) + leaf
+                keys.add(_key(path, _for(model, rules.renames)))
+    timm = {rename(key, rules.timm) for key in keys} if rules.timm else set[str]()
+    return keys | timm
+
+
+_HEADS = 16  # classifiers of one model, at most
+
+
 def layer_names(model: Backbone) -> dict[str, str]:
     """{our path of a layer: the official path}, for layers that own a parameter themselves."""
     names: dict[str, str] = {}
@@ -285,11 +305,7 @@ def _table(model: Backbone) -> dict[str, _Entry]:
     renames, layouts = _for(model, rules.renames), _for(model, rules.layouts)
     for path, leaf in flatten(bridge.get_weights(model)).items():
         _, ours = path.split("/", 1)
-        key = ours
-        for pattern, replacement in renames:
-            key = re.sub(pattern, replacement, key)
-        *stem, name = key.split("/")
-        key = ".".join([*stem, _LEAVES.get(name, name)])
+        key = _key(ours, renames)
         axes, shape = _layout(ours, leaf.shape, layouts)
         if key in table:
             raise AssertionError(f"the rules map both {table[key].path} and {path} to {key}")
@@ -297,6 +313,12 @@ def _table(model: Backbone) -> dict[str, _Entry]:
         ordered = tuple(leaf.shape[axis] for axis in axes)
         table[key] = _Entry(path, axes, ordered, shape, np.dtype("i8" if integer else leaf.dtype))
     return table
+
+
+def _key(path: str, renames: Pairs) -> str:
+    """What a release calls our path, without its collection."""
+    *stem, name = rename(path, renames).split("/")
+    return ".".join([*stem, _LEAVES.get(name, name)])
 
 
 def _layout(path: str, shape: tuple[int, ...], layouts) -> tuple[tuple[int, ...], tuple[int, ...]]:

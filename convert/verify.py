@@ -32,7 +32,6 @@ from convert.state_dict import (
     official_model,
     release_state,
 )
-from hybrid_flax import cli
 from hybrid_flax.data import eval_crop
 from hybrid_flax.data.images import open_photo, rgb
 from hybrid_flax.data.sources.base import IMAGE_SUFFIXES, MOST_BYTES
@@ -40,6 +39,7 @@ from hybrid_flax.data.sources.walk import say, walk
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
 from hybrid_flax.models.info import ModelInfo
+from hybrid_flax.run.ending import ending
 from hybrid_flax.settings.arguments import with_home
 from hybrid_flax.text_files import read_bytes
 from hybrid_flax.weights import bridge
@@ -237,6 +237,10 @@ def show(report: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.verify", description=__doc__.splitlines()[0]
     )
@@ -247,8 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="DIR", help="folder of images; default: built-in ones")
     parser.add_argument("--entry", help=ENTRY_HELP)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
-    return cli.ending(lambda: _verify(options), limited=False) or 0
+    return _verify(parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -11,14 +11,17 @@ import argparse
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import configs
 import hybrid_flax
-from benchmarks import plans
+from benchmarks import plans, scan_blocks
+from hybrid_flax.costs.plan_text import size
 from hybrid_flax.models import registry
 from hybrid_flax.models.gramian.network import GramianNet
+from hybrid_flax.run.ending import ending
 from hybrid_flax.training.optimizers import decayed
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.paths import flatten
@@ -220,9 +223,32 @@ def decay() -> str:
     return table(["configs", "decays", "does not decay"], sorted(rows))
 
 
+# ----------------------------------------------------------------------------------------- costs
+def loops() -> str:
+    """Tabulates what loops over equal blocks save and cost; a row for each step compiled twice."""
+    head = ["config", "target", "seconds to compile", "less by", "temporary memory", "traffic"]
+    entries, rows = scan_blocks.load(), []
+    for name, target, scan in entries:
+        if scan == "on" and (name, target, "off") in entries:
+            off, on = (entries[name, target, which] for which in ("off", "on"))
+            found = scan_blocks.ratios(off, on)
+            seconds = f"{off['compile_seconds']:.0f} → {on['compile_seconds']:.0f}"
+            rows.append(
+                [f"`{name}`", target, seconds, f"{found['compile']:.1f}×"]
+                + [
+                    f"{size(off[key])} → {size(on[key])}: {found[what]:.2f}×"
+                    if what in found
+                    else "not counted"
+                    for key, what in (("temporary_bytes", "memory"), ("memory_traffic", "traffic"))
+                ]
+            )
+    return table(head, rows)
+
+
 # ------------------------------------------------------------------------------------- documents
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"families": families},
+    "docs/costs.md": {"scan_blocks": loops},
     "docs/models.md": {"models": models},
     "docs/recipes.md": {
         "schedules": schedules,
@@ -252,6 +278,10 @@ def main() -> None:
     plans.render()
 
 
-if __name__ == "__main__":
+def _program() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help only
     main()
+
+
+if __name__ == "__main__":
+    sys.exit(ending(_program, limited=False))

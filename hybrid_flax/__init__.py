@@ -78,6 +78,13 @@ def create_model(
         rngs=rngs,
         **overrides,
     )
+    if not isinstance(pretrained, bool):
+        from hybrid_flax.errors import InputError
+
+        raise InputError(
+            f"pretrained={pretrained!r}: expected True or False. Weights of a file: "
+            "convert.load_state_dict(model, convert.load_checkpoint(FILE))"
+        )
     if pretrained:
         from convert.pretrained import load_pretrained
 

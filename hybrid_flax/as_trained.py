@@ -26,6 +26,7 @@ SEEN = (
     "eval.crop_mode",
     "eval.interpolation",
 )
+_USED = ("model", "dataset", "eval", "mesh", "watchdog_seconds")  # the rest is of training
 _WHICH_IMAGES = ("dataset.path", "dataset.train_split", "dataset.val_split", "dataset.index")
 
 
@@ -46,6 +47,7 @@ def as_trained(
       InputError: a setting cannot be used, or there is no config at all.
     """
     trained = _recorded(meta)
+    _warn_of_unused(given or ())
     if config is None:
         if "config" not in meta:
             raise InputError(
@@ -110,6 +112,14 @@ def _warn_of(names: Collection[str], trained: Mapping[str, Any], now: Mapping[st
     ]
     if differing:
         logging.warning("not as the weights were trained: %s", ", ".join(differing))
+
+
+def _warn_of_unused(given: Collection[str]) -> None:
+    if unused := [name for name in given if name.partition(".")[0] not in _USED]:
+        logging.warning(
+            "%s: of no effect here, for only training reads it",
+            ", ".join(f"--config.{name}" for name in unused),
+        )
 
 
 def _tell_of(taken: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -28,6 +28,8 @@ from hybrid_flax.costs.subjects import Subject
 from hybrid_flax.costs.timm_subject import TimmSubject
 from hybrid_flax.errors import InputError
 from hybrid_flax.models import registry
+from hybrid_flax.run import compilation_cache
+from hybrid_flax.run.ending import ending
 from pallas.dispatch import IMPLEMENTATIONS
 
 PASSES = {"inference": 2, "training": 6}  # FLOPs for each multiply-add of the forward pass
@@ -133,6 +135,7 @@ def make_ours(options: argparse.Namespace, label: str, implementation: str) -> S
         image_size=options.image_size,
         dtype=options.dtype,
         implementation=implementation,
+        scan_blocks=options.scan_blocks,
     )
 
 
@@ -142,6 +145,10 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="one of hybrid_flax.list_models()")
     parser.add_argument("--batch_sizes", type=batch_sizes, default=[32, 64, 128], help="32,64,128")
@@ -153,12 +160,19 @@ def main(arguments: list[str] | None = None) -> int:
         default="auto",
         help="of windowed attention and deformable sampling: pallas/*/choice.py",
     )
+    parser.add_argument(
+        "--scan_blocks",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="equal blocks as a loop: hybrid_flax/scan_choice.py",
+    )
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--against", help="xla, or torch:timm/NAME, beside it in the same rounds")
     parser.add_argument("--compile_mode", choices=COMPILE_MODES, default="max-autotune")
     parser.add_argument("--save", type=pathlib.Path, help="file for the figures")
     parser.add_argument("--json", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=records.positive, default=20, help="of each subject")
+    parser.add_argument("--compilation_cache", help=compilation_cache.HELP)
     options = parser.parse_args(arguments)
     if options.attention:
         print("--attention is now --implementation", file=sys.stderr)
@@ -168,16 +182,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.save = options.json
     if options.against:  # JAX would take most of the memory at once, and leave none to PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        records.check_file("--save", options.save)
-        ours = make_ours(options, "ours", options.implementation)
-        if options.implementation == "pallas":
-            check_kernels(ours)
-        others = [other_subject(options.against, options, ours)] if options.against else []
+    records.check_file("--save", options.save)
+    ours = make_ours(options, "ours", options.implementation)
+    if options.implementation == "pallas":
+        check_kernels(ours)
+    others = [other_subject(options.against, options, ours)] if options.against else []
+    with compilation_cache.cached(options.compilation_cache, compilation_cache.user_folder()):
         return run(options, ours, others)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def run(options: argparse.Namespace, ours: Subject, others: list[Subject | TimmSubject]) -> int:

@@ -11,14 +11,20 @@ from jax.sharding import Mesh
 from hybrid_flax import settings
 from hybrid_flax.costs.flops import training_flops
 from hybrid_flax.data.augmentation.policies import parse_policy
+from hybrid_flax.data.identity import fingerprint
 from hybrid_flax.data.sources import EncodedSource, Source, describe_files, source_of
+from hybrid_flax.distributed.batch import batch_sharded, round_up
 from hybrid_flax.distributed.mesh import make_mesh
-from hybrid_flax.distributed.shardings import state_shardings
+from hybrid_flax.distributed.processes import from_first
+from hybrid_flax.distributed.shardings import say_unused_rules, state_shardings
 from hybrid_flax.errors import InputError
 from hybrid_flax.layers import group_batch_norms
 from hybrid_flax.models import registry
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.models.structure import Structure
+from hybrid_flax.run.compiling import CompiledOnce
+from hybrid_flax.run.workdir import differences
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Settings
 from hybrid_flax.training.optimizers import found_in, make_optimizer
 from hybrid_flax.training.schedules import make_schedule, peak_learning_rate
@@ -30,6 +36,7 @@ from hybrid_flax.training.step import (
     new_state,
     weights_of,
 )
+from hybrid_flax.versions import numerics, versions
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function, as_training_function
 from hybrid_flax.weights.paths import flatten
@@ -103,30 +110,63 @@ class Program(NamedTuple):
     """A training run without its data."""
 
     train_step: jax.stages.Wrapped  # see `make_train_step`
-    eval_step: Callable[..., dict[str, jax.Array]]  # see `make_eval_step`
+    eval_step: jax.stages.Wrapped  # see `make_eval_step`
     fresh: Callable[[], bridge.Weights]  # initial weights, from the seed
     begin: Callable[[bridge.Weights], State]  # from them to the state before the first step
     state: State  # its shapes and dtypes
     shardings: State  # and where its arrays lie
     flops: Callable[[], int]  # counts those of one training step
 
+    def placed(self) -> State:
+        """The state's shapes and dtypes, and where its arrays lie: enough to compile for it."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            self.state,
+            self.shardings,
+        )
 
-class CompiledOnce:
-    """A step that is compiled at its first call, for those arguments and no others.
 
-    A later call with another shape, dtype or sharding is an error that names it: under `jit` it
-    would compile again, minutes that nobody sees.
-    """
+def evaluation_step(program: Program) -> Callable[..., Any]:
+    """Compiled once, unless the averaged weights lie elsewhere than the trained ones."""
+    where = program.shardings
+    alike = where.get("ema", weights_of(where)) == weights_of(where)
+    return CompiledOnce(program.eval_step, "evaluation step") if alike else program.eval_step
 
-    def __init__(self, step: jax.stages.Wrapped):
-        self._step = step
-        self._compiled: jax.stages.Compiled | None = None
 
-    def __call__(self, *arguments: Any) -> Any:
-        if self._compiled is None:
-            with jax.transfer_guard("allow"):  # constants of the program
-                self._compiled = self._step.lower(*arguments).compile()
-        return self._compiled(*arguments)
+def batch_shapes(
+    config: Settings, mesh: Mesh, *, evaluation: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and places of a batch without label maps: enough to compile for it."""
+    size = round_up(config.eval.batch_size, mesh) if evaluation else config.batch_size
+    side, split = config.model.image_size, batch_sharded(mesh)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((size, side, side, 3), jnp.uint8),
+        "label": ((size,), jnp.int32),
+    }
+    if evaluation:
+        shapes |= {"index": ((size,), jnp.int32), "mask": ((size,), jnp.float32)}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def check_same_everywhere(config: Settings, *sources: EncodedSource) -> None:
+    """Raises InputError if this process was not started with the settings and data of the first."""
+    mine = settings.to_plain(config) | {
+        f"data {i}": fingerprint(source) for i, source in enumerate(sources)
+    }
+    mine |= {"commit": versions()["commit"], "numerics": numerics()}
+    of_host = [field.name for field in settings.FIELDS.values() if field.of_host]
+    first = from_first("compare the settings", lambda: mine)
+    if lines := [
+        f"  {name}: there {theirs!r}, here {ours!r}"
+        for name, theirs, ours in differences(first, mine, of_host)
+    ]:
+        raise InputError(
+            "this process was started with other settings, data or code than the first one; give "
+            "the same to all:\n" + "\n".join(lines)
+        )
 
 
 def checked(config: settings.Tree) -> Settings:
@@ -222,9 +262,10 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
         return new_state(weights, optimizer, config.ema_decay)
 
     state = jax.eval_shape(begin, bridge.get_weights(model))
+    scan = scans(config.model, mesh)
     shardings = _shardings(state, config, mesh, model.structure)
     train_step = make_train_step(
-        as_training_function(model, config.model.remat),
+        as_training_function(model, config.model.remat, scan=scan),
         optimizer,
         schedule,
         config,
@@ -233,7 +274,7 @@ def training_program(config: Settings, mesh: Mesh, steps_per_epoch: int) -> Prog
         shardings=shardings,
     )
     where = weights_of(shardings.state)
-    eval_step = make_eval_step(as_function(model), config.dataset, mesh, where)
+    eval_step = make_eval_step(as_function(model, scan=scan), config.dataset, mesh, where)
 
     def flops():
         return training_flops(model, config.model.image_size, config.batch_size)
@@ -248,6 +289,7 @@ def abstract_model(config: Settings) -> Backbone:
 
 def _shardings(state: State, config: Settings, mesh: Mesh, structure: Structure) -> Shardings:
     options = vars(config.sharding)
+    say_unused_rules(options["rules"], state)
     whole = state_shardings(state, mesh, structure, **options)
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(whole)):
         return Shardings(whole, None)

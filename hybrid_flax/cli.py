@@ -1,6 +1,5 @@
-"""What the command-line programs share: flags, and ends that a user can read."""
+"""What the programs that take --config and --workdir share: their flags, read and checked."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -11,21 +10,19 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from hybrid_flax.distributed import processes
-from hybrid_flax.errors import InputError, TrainingError
-from hybrid_flax.run import files
-from hybrid_flax.run.output import attended
-from hybrid_flax.run.stop_signal import Stopped
+from hybrid_flax.errors import InputError
+from hybrid_flax.run import compilation_cache
+from hybrid_flax.run.ending import ending, leave
+from hybrid_flax.run.phases import seconds_of_process
 from hybrid_flax.run.supervision import supervised
 from hybrid_flax.settings import DROPPED, FIELDS, RENAMED, old_name
 from hybrid_flax.settings.arguments import override, take_overrides, with_found_config, with_home
-from pallas.dispatch import UnservedShapeError
 
 _HELP = ("-h", "-help", "--help", "-?", "--?", "--helpshort", "--helpfull")
 
@@ -36,6 +33,7 @@ def run(
     needs_config: bool = True,
     needs_workdir: bool = True,
     in_parallel: bool = False,
+    cache_of_user: bool = True,
 ) -> None:
     """Runs `main(config, workdir)` of a program that takes --config and --workdir.
 
@@ -43,14 +41,17 @@ def run(
     latter, and is "". With `in_parallel` it may run as several processes, on one or many hosts:
     they are joined before `main`, only the first prints, and an error of one ends all.
 
+    Compiled programs are kept in the user's cache or where --compilation_cache says; without
+    `cache_of_user` it is `main` that has to see to that.
+
     Exits as `ending` says.
     """
     sys.argv = with_home(sys.argv)
-    given, overrides = take_overrides(_in_present_names(sys.argv))
     try:
+        given, overrides = take_overrides(_in_present_names(sys.argv))
         given = with_found_config(given)
     except InputError as error:
-        raise SystemExit(_leave(2, str(error))) from None
+        raise SystemExit(leave(2, str(error))) from None
     config_flag = config_flags.DEFINE_config_file(
         "config",
         None,
@@ -59,6 +60,7 @@ def run(
         sys_argv=given,
     )
     workdir_flag = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    cache_flag = flags.DEFINE_string("compilation_cache", None, compilation_cache.HELP)
     if in_parallel:
         _define_process_flags()
 
@@ -71,6 +73,8 @@ def run(
         if config is not None:
             override(config, overrides)
         with supervised() as watch:
+            known = sum(watch.phases.seconds().values())
+            watch.phases.count("import", max(0.0, seconds_of_process() - known))
             seconds: Any = config.get("watchdog_seconds") if config else None
             if FIELDS["watchdog_seconds"].expected.fits(seconds):
                 watch.watchdog.seconds = seconds
@@ -78,7 +82,10 @@ def run(
             raise InputError("--workdir is missing")
         if in_parallel:
             _join()
-        return main(config, workdir_flag.value or "")
+        if not cache_of_user:
+            return main(config, workdir_flag.value or "")
+        with compilation_cache.cached(cache_flag.value, compilation_cache.user_folder()):
+            return main(config, workdir_flag.value or "")
 
     def begin() -> int | None:
         try:
@@ -88,45 +95,6 @@ def run(
         return 0
 
     sys.exit(ending(begin))
-
-
-def ending(program: Callable[[], int | None], *, limited: bool = True) -> int | None:
-    """The exit status of a program, which is watched from here on: see `supervised`.
-
-    Without `limited` the watchdog leaves it alone: what it does gives no signs of life.
-
-    It is what `program()` returns; 2 for input that the user can mend, 1 for training that had to
-    stop and files that cannot be written, 128 + the signal after a stop that was asked for.
-    What is wrong is said in one line, `error: …`.
-    """
-    try:
-        with supervised() as watch, attended(watch.stop):
-            if not limited:
-                watch.watchdog.seconds = 0
-            status = program()
-            sys.stdout.flush()
-            return status
-    except (InputError, TrainingError, UnservedShapeError) as error:
-        return _leave(1 if isinstance(error, TrainingError) else 2, str(error))
-    except OSError as error:
-        return _leave(1, files.explain(error))
-    except Stopped as stopped:
-        return _leave(stopped.status, str(stopped), is_error=False)
-    except Exception as error:
-        if not processes.several():
-            raise
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, jax.errors.JaxRuntimeError) and "connection" in reason.lower():
-            reason = f"the connection to another process is lost, see its log ({reason})"
-        return _leave(1, reason)
-
-
-def _leave(status: int, reason: str, *, is_error: bool = True) -> int:
-    whose = f"{processes.name()}: " if processes.several() else ""
-    with contextlib.suppress(OSError):
-        print(f"{whose}{'error: ' if is_error else ''}{reason}", file=sys.stderr, flush=True)
-    return processes.leave(status, reason) if processes.several() else status
 
 
 def given_fields() -> list[str]:

@@ -47,6 +47,8 @@ from hybrid_flax.evaluation.sweep import (
     write_predictions,
 )
 from hybrid_flax.opened import open_model
+from hybrid_flax.run.compiling import CompiledOnce
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Settings
 from hybrid_flax.start import open_trained
 from hybrid_flax.training.step import make_eval_step
@@ -157,8 +159,9 @@ def main(
     found = open_trained(config, workdir, "val", given)
     settings, source, mesh, model = found.prepared
     averaged = {"val_ema": found.averaged} if found.averaged else {}
+    apply = as_function(model, scan=scans(settings.model, mesh))
     results = evaluate(
-        make_eval_step(as_function(model), settings.dataset, mesh),
+        CompiledOnce(make_eval_step(apply, settings.dataset, mesh), "evaluation step"),
         {"val": found.trained, **averaged},
         EvalTransform.from_config(settings, source),
         settings,

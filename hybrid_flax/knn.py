@@ -31,7 +31,9 @@ from hybrid_flax.distributed.mesh import make_mesh, on_mesh, replicated
 from hybrid_flax.errors import InputError
 from hybrid_flax.models.structure import Structure
 from hybrid_flax.run.checkpoint_files import Arrays
+from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.run.saved_weights import load_weights
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Dataset, Settings, replace
 from hybrid_flax.training.batch_augmentation import normalise
 from hybrid_flax.weights import bridge
@@ -179,7 +181,8 @@ def main(
     origin = f"the checkpoint in {workdir}"
     fitted = _without_classifier(loaded.best, flatten(template), origin, model.structure)
     weights = jax.device_put(unflatten_like(template, fitted), replicated(mesh))
-    feature_step = make_feature_step(as_function(model), settings.dataset, mesh)
+    apply = as_function(model, scan=scans(settings.model, mesh))
+    feature_step = CompiledOnce(make_feature_step(apply, settings.dataset, mesh), "feature step")
     bank, bank_labels = extract(feature_step, weights, train, settings, mesh)
     queries, labels = extract(feature_step, weights, val, settings, mesh)
     predicted = knn_predictions(

@@ -30,6 +30,8 @@ from hybrid_flax.data.transforms import EvalTransform
 from hybrid_flax.distributed.batch import batch_sharded, round_up, to_devices
 from hybrid_flax.distributed.mesh import on_mesh, replicated
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.compiling import CompiledOnce
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Dataset
 from hybrid_flax.start import open_trained
 from hybrid_flax.text_files import check_local
@@ -67,7 +69,8 @@ def main(
         )
     missing = [index for index, file in enumerate(files) if not os.path.isfile(file)]
     print(f"{len(files) - len(missing)} of {len(files)} images have a map in {out}")
-    annotate = _annotating_step(as_function(model), settings.dataset, mesh)
+    apply = as_function(model, scan=scans(settings.model, mesh))
+    annotate = CompiledOnce(_annotating_step(apply, settings.dataset, mesh), "annotating step")
     batches = eval_batches(
         EvalTransform.from_config(settings, Subset(source, missing)),
         batch_size=round_up(settings.eval.batch_size, mesh),

@@ -92,7 +92,8 @@ def _load(config: Settings) -> tuple[Arrays, str, dict[str, Any]]:
 
         file = None if config.init_from == "pretrained" else config.init_from
         weights, file = released_weights(config.model.name, file)
-        print(f"starting from the released weights of {file}")
+        whose = "released weights, " if config.init_from == "pretrained" else "weights of "
+        print(f"starting from the {whose}{file}")
         return weights, str(file), {}
     saved = load_weights(config.init_from)
     origin = f"{config.init_from} ({saved.meta.get('model', 'a model')}, step {saved.step})"

@@ -7,20 +7,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh
 
 from hybrid_flax import settings
-from hybrid_flax.build import Program, checked, training_program
+from hybrid_flax.build import batch_shapes, checked, training_program
 from hybrid_flax.costs import compile_only
-from hybrid_flax.costs.hlo_text import collectives, largest, memory_traffic
+from hybrid_flax.costs.hlo_text import collectives, largest
 from hybrid_flax.costs.targets import GIB, Target, find_target, set_up
-from hybrid_flax.distributed.batch import batch_parts, batch_sharded, check_batch_size
+from hybrid_flax.costs.traffic import memory_traffic
+from hybrid_flax.distributed.batch import batch_parts, check_batch_size
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import memory_table
 from hybrid_flax.errors import InputError
-from hybrid_flax.settings import Settings
+from hybrid_flax.run import saved_program
 from hybrid_flax.sign_of_life import alive
 from hybrid_flax.versions import versions
 from pallas.dispatch import Call, recorded
@@ -28,12 +27,20 @@ from pallas.dispatch import Call, recorded
 IMAGENET = 1_281_167  # training images, for schedules that count epochs
 
 
-def plan(config: ml_collections.ConfigDict, target: Target, quick: bool = False) -> dict[str, Any]:
+def plan(
+    config: ml_collections.ConfigDict,
+    target: Target,
+    quick: bool = False,
+    *,
+    save: str = "",
+    train_images: int = IMAGENET,
+) -> dict[str, Any]:
     """Compiles the config's training step for the target and says what it needs.
 
     Bytes are those of one chip. `fits` is whether the program does; without it only what is known
     without a program may be there. `quick` stops before machine code is made, and leaves out its
-    size (a few hundredths of a TPU's memory); only TPUs' compilers can.
+    size (a few hundredths of a TPU's memory); only TPUs' compilers can. `save` is a file for the
+    compiled step, `train_images` how many there are: schedules count epochs.
 
     Raises:
       InputError: the config cannot be used, or its mesh or batch not be split over the chips.
@@ -47,8 +54,13 @@ def plan(config: ml_collections.ConfigDict, target: Target, quick: bool = False)
                 lower_for, config, target.name, max(1, config.mesh.num_slices)
             )
         else:
-            found, lowered = lower(config, target)
-            text, peak, temporary = _with_code(lowered.compile())
+            found, lowered = lower(config, target, train_images)
+            compiled = lowered.compile()
+            text, peak, temporary = _with_code(compiled)
+            if save:
+                mesh = make_mesh(target.devices, **vars(checked(config).mesh))
+                about = saved_program.fingerprint(lowered, mesh)
+                found["saved_bytes"] = saved_program.save(save, compiled, about)
     except (jax.errors.JaxRuntimeError, compile_only.CompilerError) as error:
         needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
@@ -82,17 +94,19 @@ def _with_code(compiled: jax.stages.Compiled) -> tuple[str, int, int]:
     return text, peak, memory.temp_size_in_bytes
 
 
-def lower(asked: ml_collections.ConfigDict, target: Target) -> tuple[dict[str, Any], Any]:
+def lower(
+    asked: ml_collections.ConfigDict, target: Target, train_images: int = IMAGENET
+) -> tuple[dict[str, Any], Any]:
     """Lowers a config's training step for the target: (what is known of it, the step)."""
     config = checked(asked)
     if not config.model.num_classes:
         config = settings.replace(config, {"model.num_classes": 1000})
     mesh = make_mesh(target.devices, **vars(config.mesh))
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-    steps_per_epoch = max(1, IMAGENET // config.batch_size)
+    steps_per_epoch = max(1, train_images // config.batch_size)
     with recorded() as calls:
         program = training_program(config, mesh, steps_per_epoch)
-        traced = program.train_step.trace(_placed(program), _batch(config, mesh))
+        traced = program.train_step.trace(program.placed(), batch_shapes(config, mesh))
     split = memory_table(program.state, program.shardings)
     found = {
         "topology": target.name,
@@ -146,25 +160,6 @@ def largest_batch(config: ml_collections.ConfigDict, target: Target, quick: bool
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low * unit
-
-
-def _batch(config: Settings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    side, split = config.model.image_size, batch_sharded(mesh)
-    return {
-        "image": jax.ShapeDtypeStruct(
-            (config.batch_size, side, side, 3), jnp.uint8, sharding=split
-        ),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=split),
-    }
-
-
-def _placed(program: Program):
-    """Adds to the state's shapes and dtypes where they lie."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        program.state,
-        program.shardings,
-    )
 
 
 def _kernels(calls: Iterable[Call], platform: str) -> dict[str, int]:

@@ -8,41 +8,52 @@ directory, writes and speaks: the `record` of the others is silent. What it alon
 others (`from_first`).
 """
 
+import contextlib
 import functools
 import logging
 import signal
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from hybrid_flax.build import CompiledOnce, Program, checked, open_splits, training_program
+from hybrid_flax.build import (
+    Program,
+    batch_shapes,
+    check_same_everywhere,
+    checked,
+    evaluation_step,
+    open_splits,
+    training_program,
+)
 from hybrid_flax.data.feed import Data, Feed
-from hybrid_flax.data.identity import check_same_data, fingerprint
-from hybrid_flax.data.sources import EncodedSource
+from hybrid_flax.data.identity import check_same_data
 from hybrid_flax.distributed.batch import check_batch_size
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.processes import from_first, is_first
 from hybrid_flax.distributed.shardings import memory_table, show_memory_table
 from hybrid_flax.distributed.step_status import StatusExchange
 from hybrid_flax.distributed.transfer import broadcast_from_first, gather_to_host, put
-from hybrid_flax.errors import InputError, TrainingError, closed_after
+from hybrid_flax.errors import TrainingError, closed_after
 from hybrid_flax.evaluate import Results, evaluate, show_results
 from hybrid_flax.run.cadence import Cadence
+from hybrid_flax.run.compilation_cache import FOLDER, cached
+from hybrid_flax.run.compiling import CompiledOnce, compiling
 from hybrid_flax.run.metrics import Numbers, PendingMetrics
 from hybrid_flax.run.phases import Phases
 from hybrid_flax.run.progress import seconds_at_peak
 from hybrid_flax.run.record import Record
+from hybrid_flax.run.saved_program import check_file, saved
 from hybrid_flax.run.silent_record import SilentRecord
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps, is_finite, skip_or_raise
 from hybrid_flax.run.stop_signal import StopSignal
 from hybrid_flax.run.supervision import Supervision, supervised
-from hybrid_flax.run.workdir import differences
-from hybrid_flax.settings import FIELDS, Settings, Tree, to_plain
+from hybrid_flax.settings import Settings, Tree
 from hybrid_flax.start import initial_weights
 from hybrid_flax.training.step import State, weights_of
-from hybrid_flax.versions import check_same_numerics, numerics, versions
+from hybrid_flax.versions import check_same_numerics
 from hybrid_flax.weights.paths import flatten, unflatten_like
 
 
@@ -51,12 +62,16 @@ def train(
     workdir: str,
     *,
     profile: str = "",
+    compilation_cache: str | None = None,
+    saved_program: str = "",
     build: Callable[[Settings, Mesh, int], Program] = training_program,
 ) -> int:
     """Trains until the config's last epoch, continuing what the work directory holds.
 
     Args:
       profile: "FIRST:LAST" steps to record into WORKDIR/profile; "": none.
+      compilation_cache: see `compilation_cache.cached`; by default WORKDIR/compiled.
+      saved_program: file with the compiled training step, see `saved_program.py`; "": none.
       build: makes the program of settings, for a mesh and so many steps per epoch.
 
     Returns:
@@ -66,11 +81,13 @@ def train(
       InputError: the config, the data or the work directory cannot be used.
       TrainingError: the loss became non-finite, or a checkpoint could not be written.
     """
+    if saved_program:
+        check_file(saved_program)
     with supervised() as watch:
         phases = watch.phases
         settings, train_source, val_source = open_splits(checked(config))
         watch.watchdog.seconds = settings.watchdog_seconds
-        _check_same_everywhere(settings, train_source, val_source)
+        check_same_everywhere(settings, train_source, val_source)
         mesh = make_mesh(**vars(settings.mesh))
         check_batch_size(settings.batch_size, settings.accumulation_steps, mesh)
         data = Data(settings, train_source, val_source, mesh)
@@ -80,23 +97,8 @@ def train(
         if is_first():
             fastest = seconds_at_peak(program.flops, settings.model.dtype, mesh.size)
             record = Record(settings, workdir, phases, profile=profile, seconds_at_peak=fastest)
-        return run(program, data, record, settings, mesh, watch)
-
-
-def _check_same_everywhere(config: Settings, *sources: EncodedSource) -> None:
-    """Raises InputError if this process was not started with the settings and data of the first."""
-    mine = to_plain(config) | {f"data {i}": fingerprint(source) for i, source in enumerate(sources)}
-    mine |= {"commit": versions()["commit"], "numerics": numerics()}
-    of_host = [field.name for field in FIELDS.values() if field.of_host]
-    first = from_first("compare the settings", lambda: mine)
-    if lines := [
-        f"  {name}: there {theirs!r}, here {ours!r}"
-        for name, theirs, ours in differences(first, mine, of_host)
-    ]:
-        raise InputError(
-            "this process was started with other settings, data or code than the first one; give "
-            "the same to all:\n" + "\n".join(lines)
-        )
+        cache = cached(compilation_cache, f"{workdir.rstrip('/')}/{FOLDER}")
+        return run(program, data, record, settings, mesh, watch, cache, saved_program)
 
 
 class Job(NamedTuple):
@@ -104,6 +106,7 @@ class Job(NamedTuple):
 
     program: Program
     train_step: CompiledOnce
+    eval_step: Callable[..., Any]
     data: Data
     record: Record | SilentRecord
     config: Settings
@@ -120,26 +123,47 @@ def run(
     config: Settings,
     mesh: Mesh,
     watch: Supervision,
+    cache: contextlib.AbstractContextManager[None],
+    saved_program: str = "",
 ) -> int:
     """Runs a program to its end, or until it is asked to stop; returns the exit status.
+
+    Args:
+      cache: of compiled programs, entered when the work directory belongs to this process.
 
     Raises:
       InputError: the work directory or its checkpoints cannot be used.
       TrainingError: the loss became non-finite, or a checkpoint or record could not be written.
     """
-    with record:
+    with record, cache, compiling() as threads:
         watch.watchdog.file = record.stall_file
-        cadence = Cadence.from_config(config, data.steps_per_epoch)
-        train_step = CompiledOnce(program.train_step)
-        job = Job(
-            program, train_step, data, record, config, mesh, watch.phases, watch.stop, cadence
+        steps = (
+            CompiledOnce(program.train_step, "training step", saved(saved_program, mesh)),
+            evaluation_step(program),
         )
+        cadence = Cadence.from_config(config, data.steps_per_epoch)
+        phases, stop = watch.phases, watch.stop
+        job = Job(program, *steps, data, record, config, mesh, phases, stop, cadence)
         try:
             _introduce(job)
+            _begin_to_compile(job, threads)
             with watch.stop.deferred():
                 return _train(job)
         except OSError as error:
             raise TrainingError(record.interrupted(error)) from error
+
+
+def _begin_to_compile(job: Job, threads: ThreadPoolExecutor) -> None:
+    """Lets both steps compile while the run is restored and the first images are read."""
+    newest = from_first("look for checkpoints", job.record.newest_step)
+    if jax.default_backend() == "gpu" or newest == job.cadence.total_steps:
+        return  # GPUs' compiler measures on the devices; a finished run compiles nothing
+    state, config = job.program.placed(), job.config
+    if not config.dataset.label_maps:
+        job.train_step.begin(threads, state, batch_shapes(config, job.mesh))
+    images = batch_shapes(config, job.mesh, evaluation=True)
+    if isinstance(job.eval_step, CompiledOnce):
+        job.eval_step.begin(threads, weights_of(state), images)
 
 
 def _train(job: Job) -> int:
@@ -214,7 +238,7 @@ def _loop(job: Job, step: int, state: State, skipped: SkippedSteps) -> int:
     data, record, phases, total_steps = job.data, job.record, job.phases, job.cadence.total_steps
     exchange, pending = StatusExchange(job.mesh), PendingMetrics()
     feed = data.batches_from(step + skipped.batches_left_out)
-    due, phase = job.cadence.at(step), "compile"
+    due = job.cadence.at(step)
 
     def asked_to_stop() -> bool:
         phases.alive()
@@ -242,17 +266,22 @@ def _loop(job: Job, step: int, state: State, skipped: SkippedSteps) -> int:
                     _save(job, step, state, skipped)
             if step == total_steps:
                 break
-            with phases("input wait"):
+            first = not phases.seconds()["first step"]
+            with phases("first batch" if first else "input wait"):
                 batch = next(feed)
                 if pending.in_flight():
                     phases.was("train")  # the devices had work meanwhile
-            with record.step(step + 1), phases(phase):
+            with phases("compile" if first else "train"):
+                made = job.train_step.ready(state, batch)
+            with record.step(step + 1), phases("first step" if first else "train"):
                 state, metrics = job.train_step(state, batch)
-                if phase == "compile":
+                if first:
                     jax.block_until_ready(metrics)
-            step, phase = step + 1, "train"
+            step += 1
             pending.add(step, metrics)
             record.stepped(step, metrics)
+            if first:
+                record.started(step, made)
             due = job.cadence.at(step)
             if due.log:
                 skipped = _log(job, pending.fetch(but_newest=True), skipped, exchange, feed)
@@ -308,7 +337,7 @@ def _evaluate(job: Job, state: State, asked_to_stop: Callable[[], bool]) -> Resu
     if "ema" in state:
         weights["val_ema"] = state["ema"]
     return evaluate(
-        job.program.eval_step,
+        job.eval_step,
         weights,
         job.data.val_transform,
         job.config,

@@ -35,6 +35,7 @@ Call = tuple[Hashable, dict[str, Choice]]  # a geometry, and what runs it on eac
 _records: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
     "_records", default=None
 )
+_times: contextvars.ContextVar[int] = contextvars.ContextVar("_times", default=1)
 
 
 class KernelModule(Protocol):
@@ -128,6 +129,16 @@ def recorded() -> Iterator[list[Call]]:
         _records.reset(token)
 
 
+@contextlib.contextmanager
+def repeated(count: int) -> Iterator[None]:
+    """Inside it, `recorded` lists a call `count` times: for the body of a loop, traced once."""
+    token = _times.set(_times.get() * count)
+    try:
+        yield
+    finally:
+        _times.reset(token)
+
+
 class Argument(NamedTuple):
     """An array, or None, and which of its axes count images and heads."""
 
@@ -175,7 +186,7 @@ def run(
         platform: choose(implementation, platform, geometry, kernels) for platform in PLATFORMS
     }
     if (calls := _records.get()) is not None:
-        calls.append((geometry, choices))
+        calls.extend([(geometry, choices)] * _times.get())
     if watching():  # what it computes on the way is asked for
         with part_of(geometry):
             return plain(*(argument.array for argument in arguments))

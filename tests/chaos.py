@@ -3,10 +3,11 @@
 python -m tests.chaos [--faults=300] [--seed=0] [--folder=DIR]       (make chaos)
 
 The program is `python -m hybrid_flax.main` as anyone starts it, seen only from outside: from its
-exit status, its log and its work directory. A third of the faults damage the newest checkpoint
-between two starts, the others stop the process; most strike at a step that was drawn beforehand, a
-few while it starts. Then the run is left alone to its end, and its last checkpoint, with weights,
-averages and optimizer, is compared bit by bit with that of an undisturbed run.
+exit status, its log and its work directory. Some faults damage the newest checkpoint, or a compiled
+program that the next start would load, between two starts; the others stop the process. Most strike
+at a step that was drawn beforehand, a few while it starts. Then the run is left alone to its end,
+and its last checkpoint, with weights, averages and optimizer, is compared bit by bit with that of
+an undisturbed run.
 
 To start hundreds of times in reasonable time, each start is a fork of this process, which has
 imported everything but has not touched JAX's devices. The forks are processes like any other, and
@@ -37,14 +38,14 @@ import sys
 import tempfile
 import time
 
-import jax
 import ml_collections
 
 from hybrid_flax.run.checkpoints import Checkpoints
 from tests import tiny
 
 STOPS = ("kill", "kill in save", "sigterm", "sigterm twice", "kill a data worker", "disk full")
-DAMAGES = ("flip a bit", "truncate a file", "delete a file")
+PROGRAM = "damage a compiled program"
+DAMAGES = ("flip a bit", "truncate a file", "delete a file", PROGRAM)
 STEPS_PER_FAULT = 4
 STEPS_PER_EPOCH = 1437 // 32
 PATIENCE = 300  # seconds for anything, on a busy machine; a stop takes far less
@@ -62,7 +63,7 @@ class Failure(Exception):
 @dataclasses.dataclass(frozen=True)
 class Fault:
     stop: str  # one of STOPS
-    damage: str | None  # one of DAMAGES, done to the newest checkpoint after the stop
+    damage: str | None  # one of DAMAGES, done after the stop: to the newest checkpoint, or PROGRAM
     step: int | None  # not before this step is logged; None: while the program starts
     delay: float  # seconds from that moment on
 
@@ -70,7 +71,8 @@ class Fault:
 def plan(faults: int, steps: int, seed: int) -> list[Fault]:
     """Stops spread evenly over the steps, kinds in equal shares, order and moments at random."""
     rng = random.Random(seed)
-    damages = [DAMAGES[i % len(DAMAGES)] for i in range(faults // 3)]
+    share = faults * len(DAMAGES) // (len(STOPS) + len(DAMAGES))
+    damages = [DAMAGES[i % len(DAMAGES)] for i in range(share)]
     stops = [STOPS[i % len(STOPS)] for i in range(faults - len(damages))]
     afterwards = damages + [None] * (len(stops) - len(damages))
     rng.shuffle(stops)
@@ -190,6 +192,8 @@ class Chaos:
         self.reached = 0  # the furthest step seen since the last restored checkpoint
         self.lost: list[int] = []  # steps done again, for each start that found a checkpoint
         self.noticed = 0  # damaged checkpoints that a start refused
+        self.compiled_anew = 0  # damaged programs that a start refused
+        self.programs = folder / "compiled"
 
     def disturb(self, fault: Fault) -> str:
         """Starts the program, stops it, damages its checkpoint; a line about what happened."""
@@ -204,7 +208,7 @@ class Chaos:
                 raise Failure(
                     f"it ended by itself with status {status} before {fault}; see {self.log}"
                 )
-            if fault.damage and len(self._intact()) < 2:
+            if fault.damage not in (None, PROGRAM) and len(self._intact()) < 2:
                 return False  # it may not lose its last intact checkpoint: nothing could help then
             if fault.stop == "kill in save":
                 return self.run.step() >= fault.step and self.run.unfinished() - left_behind
@@ -269,6 +273,7 @@ class Chaos:
         """Counts the steps that were done again since the start before; the step reached now."""
         log = self.log.read_text(errors="replace")
         self.noticed += len(re.findall("is damaged and will not be used", log))
+        self.compiled_anew += len(re.findall("is damaged: it is compiled anew", log))
         if found := re.search(r"from the checkpoint of step (\d+)", log):
             self.lost.append(max(0, self.reached - int(found[1])))
             self.reached = 0
@@ -278,7 +283,20 @@ class Chaos:
     def _intact(self) -> list[tuple[int, int]]:
         return [saved for saved in self.run.saved() if saved not in self.damaged]
 
+    def _damage_program(self) -> str:
+        """Of a start that is not there any more; nothing that was half written."""
+        file = self.rng.choice(sorted(p for p in self.programs.iterdir() if p.suffix != ".tmp"))
+        content = bytearray(file.read_bytes())
+        if truncate := self.rng.random() < 0.5:
+            content = content[: self.rng.randrange(len(content))]
+        else:
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        file.write_bytes(content)
+        return f"{'truncate' if truncate else 'flip a bit of'} a compiled program"
+
     def _damage(self, how: str) -> str:
+        if how == PROGRAM:
+            return self._damage_program()
         newest = self.run.saved()[-1]
         self.damaged.add(newest)
         folder = self.run.checkpoints / str(newest[0])
@@ -341,13 +359,12 @@ def verdict(options: argparse.Namespace, disturbed: pathlib.Path) -> int:
 def main() -> int:
     options = parse("faults", 300)
     folder = options.folder
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     for slow in ("hybrid_flax.cli", "sklearn.datasets", "tensorboardX", "matplotlib.pyplot"):
         importlib.import_module(slow)
 
     epochs = 1 + (options.faults * STEPS_PER_FAULT + 10) // STEPS_PER_EPOCH
     arguments = ["--config=tests/chaos.py", f"--config.epochs={epochs}"]
+    arguments.append(f"--compilation_cache={folder}/compiled")  # of all starts
     faults = plan(options.faults, epochs * STEPS_PER_EPOCH - 10, options.seed)
     began, count = time.monotonic(), 0
     print(f"seed {options.seed}, {epochs * STEPS_PER_EPOCH} steps, in {folder}", flush=True)
@@ -368,6 +385,7 @@ def main() -> int:
     for kind, number in kinds.items():
         print(f"  {number:4d}  {kind}")
     print(f"{chaos.noticed} times a damaged checkpoint was refused")
+    print(f"{chaos.compiled_anew} times a damaged program was compiled anew")
     print(f"{sum(chaos.lost)} steps done again, at most {max(chaos.lost)} after one stop")
     print(f"{time.monotonic() - began:.0f} s, {undisturbed:.0f} s of them for the undisturbed run")
     return verdict(options, chaos.run.path)

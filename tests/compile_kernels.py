@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hybrid_flax
 from hybrid_flax.costs.targets import H200
+from hybrid_flax.run.ending import ending
 from hybrid_flax.versions import versions
 from pallas.deformable_conv.geometry import Sampling
 from tests.pallas.cases import (
@@ -181,6 +182,10 @@ def _ptxas() -> str:
 
 
 def main() -> int:
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", default=",".join(CHIPS))
     parser.add_argument("--models", default="*", help="shell pattern of model names")

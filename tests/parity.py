@@ -30,6 +30,7 @@ import convert
 import hybrid_flax
 from hybrid_flax import list_models
 from hybrid_flax.costs.flops import count_multiply_adds
+from hybrid_flax.run.ending import ending
 from hybrid_flax.training.losses import cross_entropy, gramian, token_labelling
 from hybrid_flax.versions import versions
 from hybrid_flax.weights import bridge
@@ -287,6 +288,10 @@ def model_of(case: str) -> str:
 
 
 def main() -> int:
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="names or shell patterns; default: all")
     parser.add_argument("--golden", type=pathlib.Path, default=GOLDEN)

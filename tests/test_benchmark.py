@@ -316,7 +316,9 @@ def test_recorded_lists_what_is_traced():
 
 
 def test_what_serves_deformable_sampling_is_listed():
-    options = SimpleNamespace(model="unified_internimage_micro", image_size=32, dtype="float32")
+    options = SimpleNamespace(
+        model="unified_internimage_micro", image_size=32, dtype="float32", scan_blocks="auto"
+    )
     listed = benchmark.make_ours(options, "ours", "pallas").operations()
     assert [(entry["count"], entry["shape"]) for entry in listed] == [
         (2, "8×8, 2 groups of 16, 9 movable points"),

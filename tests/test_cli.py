@@ -12,7 +12,6 @@ from absl.testing import flagsaver
 
 from hybrid_flax import cli
 from hybrid_flax.run import supervision
-from hybrid_flax.run.supervision import supervised
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 QUICKSTART = "--config=configs/quickstart.py"
@@ -113,15 +112,3 @@ def test_a_pipe_is_no_config_file(run, tmp_path):
         2,
         f"error: --config={tmp_path}/config.py: expected a file, such as configs/gcvit_b.py\n",
     )
-
-
-def test_a_program_without_signs_of_life_is_not_limited():
-    seen = []
-
-    def program():
-        with supervised() as watch:
-            seen.append(watch.watchdog.seconds)
-
-    assert not cli.ending(program, limited=False)
-    assert not cli.ending(program)
-    assert seen[0] == 0 < seen[1]

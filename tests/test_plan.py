@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
 import time
@@ -13,11 +14,15 @@ import pytest
 
 from hybrid_flax import plan as planning
 from hybrid_flax import step_plan
+from hybrid_flax.build import batch_shapes, training_program
 from hybrid_flax.costs import compile_only, targets
 from hybrid_flax.costs.hlo_text import gathered
 from hybrid_flax.costs.plan_text import show
 from hybrid_flax.costs.targets import Target, find_target
+from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.saved_program import load
+from hybrid_flax.settings import from_config
 from hybrid_flax.step_plan import largest_batch, lower, lower_for, plan
 from tests import tiny
 
@@ -26,12 +31,18 @@ HERE = Target("here:8", "v5e", "cpu", jax.devices())
 
 def options(**given):
     names = {"topology": "v5e:2x4", "largest_batch": False, "scaling": False, "quick": False}
-    return SimpleNamespace(**names | {"json": False} | given)
+    names |= {"json": False, "save": "", "train_images": step_plan.IMAGENET}
+    return SimpleNamespace(**names | {"compilation_cache": None} | given)
 
 
 @pytest.fixture(scope="module")
-def found():
-    return plan(tiny.gcvit(model__num_classes=10), HERE)
+def step_file(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("plan") / "step")
+
+
+@pytest.fixture(scope="module")
+def found(step_file):
+    return plan(tiny.gcvit(model__num_classes=10), HERE, save=step_file, train_images=1437)
 
 
 def test_what_a_plan_knows(found):
@@ -45,6 +56,16 @@ def test_what_a_plan_knows(found):
     assert 0.9 < found["collectives"]["within"]["all-reduce"]["bytes"] / state["params"] < 1.01
     assert found["memory_traffic"] > 3 * sum(state.values())
     assert found["largest"][0]["bytes"] >= found["largest"][-1]["bytes"] > 0
+
+
+def test_the_step_is_saved_for_a_run_of_the_same_config(found, step_file):
+    assert 0 < found["saved_bytes"] < os.path.getsize(step_file)
+    mesh = make_mesh()
+    config = from_config(tiny.gcvit(model__num_classes=10))
+    program = training_program(config, mesh, 1437 // 256)
+    lowered = program.train_step.lower(program.placed(), batch_shapes(config, mesh))
+    compiled, why = load(step_file, lowered, mesh)
+    assert (compiled is not None, why) == (True, "")
 
 
 def test_nothing_is_gathered_where_only_images_are_split(found):
@@ -106,12 +127,12 @@ def planned(found, monkeypatch):
     """The program for people, without its compiler."""
     monkeypatch.setattr(planning, "set_up", lambda: None)
     monkeypatch.setattr(planning, "find_target", lambda name, num_slices: HERE)
-    monkeypatch.setattr(planning, "plan", lambda config, target, quick: found)
+    monkeypatch.setattr(planning, "plan", lambda *_, **__: found)
 
 
 def test_the_status_says_whether_it_fits(planned, found, monkeypatch):
     assert planning.main(tiny.gcvit(), options()) == 0
-    monkeypatch.setattr(planning, "plan", lambda config, target, quick: found | {"fits": False})
+    monkeypatch.setattr(planning, "plan", lambda *_, **__: found | {"fits": False})
     assert planning.main(tiny.gcvit(), options()) == 1
 
 
@@ -128,6 +149,19 @@ def test_scaling_is_shown_and_only_for_one_slice(planned, capsys):
     assert "\n      8      32 " in text
     with pytest.raises(ValueError, match="--scaling starts from one slice that only splits"):
         planning.main(tiny.gcvit(mesh__fsdp=2), options(scaling=True))
+
+
+def test_this_machine_is_a_topology_too():
+    assert len(find_target("cpu:2").devices) == 2
+    with pytest.raises(InputError, match="--topology=cpu:9: this machine counts as 8 device"):
+        find_target("cpu:9")
+    with pytest.raises(InputError, match="--topology=cpu:2x2: this machine counts as 8"):
+        find_target("cpu:2x2")
+
+
+def test_without_machine_code_there_is_nothing_to_save(planned):
+    with pytest.raises(InputError, match="--save with --quick"):
+        planning.main(tiny.gcvit(), options(save="step", quick=True))
 
 
 def test_the_slices_are_asked_for(monkeypatch):

@@ -114,7 +114,7 @@ def test_a_released_file_is_read(model, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(params["stem"]["conv"]["kernel"], want["stem"]["conv"]["kernel"])
     assert not params["head"]["kernel"].any()
     said = capsys.readouterr().out
-    assert f"starting from the released weights of {file}" in said
+    assert f"starting from the weights of {file}" in said
     assert "the classifier for 10 classes is replaced by a fresh one for 3" in said
 
     torch.save({"state_dict": state | {"head.bias": torch.full((10,), torch.nan)}}, file)

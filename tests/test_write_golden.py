@@ -98,6 +98,7 @@ def run(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_parity_compares(run, tmp_path):
     assert run("--stage=stem:downsample_layers.0", "--stage=stage4:stage_norms.3") == 0
     (row,) = parity.compare(tmp_path / f"{NAME}.json")

@@ -16,8 +16,8 @@ import ml_collections
 
 import hybrid_flax.train
 from configs import quickstart
-from hybrid_flax import build
 from hybrid_flax.data import feed
+from hybrid_flax.run import compiling
 from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.settings import Settings, from_config
 
@@ -108,7 +108,7 @@ def main() -> int:
 
     def count_down(call):
         def counted(self, state, batch):
-            if int(state["step"]) == options.kill_at:
+            if "step" in state and int(state["step"]) == options.kill_at:  # it trains
                 kill()
             return call(self, state, batch)
 
@@ -117,7 +117,7 @@ def main() -> int:
     if options.order:
         feed.train_batches = record(feed.train_batches)
     if options.kill_at is not None:
-        build.CompiledOnce.__call__ = count_down(build.CompiledOnce.__call__)
+        compiling.CompiledOnce.__call__ = count_down(compiling.CompiledOnce.__call__)
     if options.kill_in == "evaluate":
         train.evaluate = kill
     if options.kill_in == "save":

@@ -128,8 +128,11 @@ def disturbed(disturb: Callable[[int], None]) -> Callable[..., Program]:
         made = program(config, mesh, steps_per_epoch)
 
         class Step:
-            def lower(self, *arguments):
+            def trace(self, *arguments):
                 self.step = made.train_step.lower(*arguments).compile()
+                return self
+
+            def lower(self):
                 return self
 
             def compile(self):

@@ -26,6 +26,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from tests.trial_inputs import KINDS, Trial
 
 SECONDS = 30  # that one input may take
@@ -61,6 +62,7 @@ def run(
     """Tries so many inputs of a kind."""
     counts: collections.Counter = collections.Counter()
     failures = []
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of the children, before they import it
     context = multiprocessing.get_context("spawn")
     while first < inputs:
         receive, send = context.Pipe(duplex=False)
@@ -94,7 +96,6 @@ def run(
 def _child(kind: str, first: int, inputs: int, seed: int, send: Any) -> None:
     logging.disable()
     warnings.simplefilter("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         for number in range(first, inputs):
             own = pathlib.Path(folder, str(number))
@@ -117,6 +118,10 @@ def _row(kind: str, counts: collections.Counter) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--inputs", type=int, default=3000, help="of all kinds together")

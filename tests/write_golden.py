@@ -32,6 +32,7 @@ import hybrid_flax
 from convert.official import build_official
 from convert.state_dict import official_model
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
 from tests import reference
@@ -221,6 +222,10 @@ def _commit(checkout: str) -> str:
 
 
 def main() -> int:
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of a registered model")
     parser.add_argument("--reference", required=True, help="checkout of the official repository")
@@ -230,28 +235,24 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="default: tests/golden/FAMILY")
     options = parser.parse_args()
-    try:
-        name = options.name
-        size = options.image_size or hybrid_flax.model_info(name).image_size
-        overrides = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in options.overrides.items()
-        }
-        check_labels(name, options.stage, size, overrides)
-        made = official_model(bridge.abstract(lambda: hybrid_flax.create_model(name)), name)
-        file = write(
-            name,
-            build_official(made, pathlib.Path(options.reference)),
-            options.out or GOLDEN / name.split("_")[0],
-            stages=options.stage,
-            image_size=size,
-            batch=options.batch,
-            source=f"{made.factory} of {made.module} at {_commit(options.reference)}",
-            overrides=overrides,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    name = options.name
+    size = options.image_size or hybrid_flax.model_info(name).image_size
+    overrides = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in options.overrides.items()
+    }
+    check_labels(name, options.stage, size, overrides)
+    made = official_model(bridge.abstract(lambda: hybrid_flax.create_model(name)), name)
+    file = write(
+        name,
+        build_official(made, pathlib.Path(options.reference)),
+        options.out or GOLDEN / name.split("_")[0],
+        stages=options.stage,
+        image_size=size,
+        batch=options.batch,
+        source=f"{made.factory} of {made.module} at {_commit(options.reference)}",
+        overrides=overrides,
+    )
     print(f"wrote {file} and .npz; compare with: python -m tests.parity {name}")
     return 0
 

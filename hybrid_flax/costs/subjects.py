@@ -15,6 +15,7 @@ from hybrid_flax.costs.flops import count_multiply_adds
 from hybrid_flax.distributed.batch import to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.models import registry
+from hybrid_flax.scan_choice import scans
 from hybrid_flax.settings import Augment, Loss, Model, Optimizer, Settings
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.step import make_train_step, new_state
@@ -34,14 +35,24 @@ class Subject:
 
     Args:
       label: what to call it in the table.
+      scan_blocks: whether equal blocks run as a loop: `settings.Model.scan_blocks`.
       overrides: fields of its variant.
 
     Raises:
       InputError: unknown model or field, or a size that it cannot be built for.
     """
 
-    def __init__(self, label: str, name: str, *, image_size: int | None, dtype: str, **overrides):
-        self.label, self._name = label, name
+    def __init__(
+        self,
+        label: str,
+        name: str,
+        *,
+        image_size: int | None,
+        dtype: str,
+        scan_blocks: str = "auto",
+        **overrides,
+    ):
+        self.label, self._name, self._scan_blocks = label, name, scan_blocks
         self.dtype = jnp.dtype(dtype)
         self.side = image_size or registry.model_info(name).image_size
         self._create = functools.partial(
@@ -62,7 +73,13 @@ class Subject:
             seed=0,
             batch_size=batch,
             ema_decay=0.0,
-            model=Model(name=self._name, num_classes=CLASSES, image_size=self.side, drop_path=0.0),
+            model=Model(
+                name=self._name,
+                num_classes=CLASSES,
+                image_size=self.side,
+                drop_path=0.0,
+                scan_blocks=self._scan_blocks,
+            ),
             augment=Augment(mixup_alpha=0.0, cutmix_alpha=0.0, erasing_probability=0.0),
             loss=Loss(label_smoothing=SMOOTHING),
             optimizer=Optimizer(
@@ -122,7 +139,9 @@ class Subject:
     def _inference(self, batch: int, repeats: int):
         weights = jax.jit(lambda: bridge.get_weights(self._create()))()
         images = jax.random.normal(jax.random.key(0), self._images(batch).shape, self.dtype)
-        program = jax.jit(as_function(self._model)).lower(weights, images).compile()
+        mesh = make_mesh(jax.devices()[:1])
+        apply = as_function(self._model, scan=scans(self.settings(batch).model, mesh))
+        program = jax.jit(apply).lower(weights, images).compile()
 
         def run():
             for _ in range(repeats):
@@ -133,8 +152,8 @@ class Subject:
 
     def _training(self, batch: int, repeats: int):
         mesh = make_mesh(jax.devices()[:1])
-        apply = as_training_function(self._model)
         settings, schedule = self.settings(batch), optax.constant_schedule(LEARNING_RATE)
+        apply = as_training_function(self._model, scan=scans(settings.model, mesh))
         optimizer = make_optimizer(settings.optimizer, schedule, self._model.structure)
         step = make_train_step(apply, optimizer, schedule, settings, mesh)
 

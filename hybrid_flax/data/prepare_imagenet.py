@@ -26,11 +26,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tqdm
 
-from hybrid_flax import cli
 from hybrid_flax.data.sources import index_file
 from hybrid_flax.data.sources.tar_members import compression, members
 from hybrid_flax.data.sources.tfds import open_builder
 from hybrid_flax.errors import InputError
+from hybrid_flax.run.ending import ending
 from hybrid_flax.settings.arguments import with_home
 from hybrid_flax.text_files import check_local
 
@@ -273,6 +273,10 @@ def _write_records(file: pathlib.Path, images: _Images, chosen: np.ndarray, tar:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return ending(lambda: _main(arguments), limited=False) or 0
+
+
+def _main(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_tar", "--train-tar", metavar="ILSVRC2012_img_train.tar")
     parser.add_argument("--val_tar", "--val-tar", metavar="ILSVRC2012_img_val.tar")
@@ -280,14 +284,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(with_home(sys.argv[1:] if arguments is None else arguments))
     tars = {"train": options.train_tar, "validation": options.val_tar}
     tars = {name: tar for name, tar in tars.items() if tar}
-
-    def program() -> None:
-        if not tars:
-            raise InputError("give --train_tar, --val_tar or both")
-        folder = prepare(tars, options.out)
-        print(f"{folder} is prepared: --config.dataset.path={options.out}")
-
-    return cli.ending(program, limited=False) or 0
+    if not tars:
+        raise InputError("give --train_tar, --val_tar or both")
+    folder = prepare(tars, options.out)
+    print(f"{folder} is prepared: --config.dataset.path={options.out}")
 
 
 if __name__ == "__main__":

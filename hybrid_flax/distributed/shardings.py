@@ -7,6 +7,7 @@ layer's parameters where they are used. The same rule finds a parameter, its mom
 average: their paths end alike.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -70,6 +71,19 @@ def state_shardings(
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def say_unused_rules(rules: Iterable[tuple[str, Axes]], state: Any) -> None:
+    """Warns of rules that are found in the path of no array of the state."""
+    paths = flatten(state)
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in paths):
+            logging.warning(
+                "--config.sharding.rules: %r has no effect: it is found in no array's path, such "
+                "as %s",
+                pattern,
+                next(iter(paths), "none"),
+            )
 
 
 def unsharded(shardings: Any) -> Any:

@@ -1,5 +1,6 @@
 """Building blocks that two or more of the papers share. Feature maps are NHWC."""
 
+from hybrid_flax.layers.blocks import run_blocks, scanned_blocks
 from hybrid_flax.layers.convolutions import DepthwiseConv, PointwiseConv, conv, pytorch_init
 from hybrid_flax.layers.drop_path import drop_path, drop_path_rates, split_key
 from hybrid_flax.layers.inputs import check_images, training_key
@@ -47,7 +48,9 @@ __all__ = [
     "relative_position_index",
     "resize_position_map",
     "resize_relative_position_bias",
+    "run_blocks",
     "scaled",
+    "scanned_blocks",
     "show",
     "split_key",
     "training_key",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def drop_path(
-    branch: Float[Array, "B ..."], rate: float, key: jax.Array | None
+    branch: Float[Array, "B ..."], rate: float | Float[Array, ""], key: jax.Array | None
 ) -> Float[Array, "B ..."]:
     """Zeroes the residual branch of a random subset of images and rescales the others.
 
@@ -19,10 +19,13 @@ def drop_path(
         that the expectation is the undropped branch.
       key: PRNG key, a different one for every branch; None switches dropping off (evaluation).
     """
-    if key is None or rate == 0:
+    if key is None or (isinstance(rate, float | int) and rate == 0):
         return branch
-    keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
-    return jnp.where(keep, branch / (1 - rate), jnp.zeros_like(branch))
+    kept = 1 - rate
+    keep = jax.random.bernoulli(key, kept, (branch.shape[0],) + (1,) * (branch.ndim - 1))
+    if isinstance(kept, jax.Array):  # in a scan over blocks
+        kept = kept.astype(branch.dtype)
+    return jnp.where(keep, branch / kept, jnp.zeros_like(branch))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

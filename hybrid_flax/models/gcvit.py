@@ -30,6 +30,7 @@ from hybrid_flax.layers import (
     linear,
     normal_init,
     relative_position_bias,
+    run_blocks,
     scaled,
     split_key,
     window_attention,
@@ -247,8 +248,7 @@ class Stage(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], key: jax.Array | None = None):
         """Returns (query map [B, w, w, C], blocks' output [B, H, W, C], stage's output)."""
         query_map = self.query(x)
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = block(x, query_map, block_key)
+        *_, x = run_blocks(self.blocks, x, key, query_map)
         return query_map, x, x if self.is_last else self.downsample(x)
 
 

@@ -33,6 +33,7 @@ from hybrid_flax.layers import (
     linear,
     normal_init,
     pad_to_multiple,
+    run_blocks,
     show,
     split_key,
     window_attention,
@@ -279,10 +280,8 @@ class Stage(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"], train: bool, key: jax.Array | None):
         """Returns [the embedding, the output of every block], each [B, H, W, C]."""
-        maps = [self.embed(x, train)]
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            maps.append(block(maps[-1], train, block_key))
-        return maps
+        x = self.embed(x, train)
+        return [x, *run_blocks(self.blocks, x, key, train)]
 
 
 class L2ViT(Backbone):

@@ -177,6 +177,6 @@ def family_of(name: str) -> Family:
     for family in FAMILIES:
         if name in family.variants:
             return family
-    close = difflib.get_close_matches(name, list_models(), n=3)
+    close = difflib.get_close_matches(name.lower(), list_models(), n=3)
     hint = f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(list_models())}"
     raise InputError(f"unknown model {name[:80]!r}. {hint}")

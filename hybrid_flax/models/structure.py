@@ -41,7 +41,7 @@ class Structure(NamedTuple):
     classifier: str = r"head/"  # the layers of the end whose width is the number of classes
     head_blocks: str = _NOTHING  # blocks within the end
     position_bias: str = r"/position_bias$"  # tables [(2w-1)², heads] of relative positions
-    position_map: str = r"/position_map$"  # tables [H, W, C], or [1, H, W, C], of learned positions
+    position_map: str = r"/position_map$"  # tables [H, W, C] or [H·W, C] of learned positions
     split_columns: str = r"/mlp/fc1/"  # of MLPs, matrices that the mesh axis `tensor` may split
     split_rows: str = r"/mlp/fc2/"
 

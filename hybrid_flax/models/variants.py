@@ -62,6 +62,11 @@ def several(count: int, each: Expected, last: Expected | None = None) -> Expecte
     return Expected(words, fits)
 
 
+def key_of(table: Mapping[str, Any]) -> Expected:
+    """A text that is a key of a table, which may grow."""
+    return Expected(f"one of {', '.join(table)}", lambda x: isinstance(x, str) and x in table)
+
+
 _SHARE = Expected("a number from 0 to below 1", lambda x: type(x) in (int, float) and 0 <= x < 1)
 _SCALE = Expected(
     "a finite number above 0, or None",

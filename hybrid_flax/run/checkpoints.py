@@ -28,6 +28,7 @@ from hybrid_flax.run.checkpoint_files import (
     parts_of,
     read_step,
 )
+from hybrid_flax.run.ending import ending
 from hybrid_flax.run.storage.steps import open_steps
 from hybrid_flax.sign_of_life import alive
 
@@ -54,6 +55,7 @@ class Checkpoints:
         keep_every_steps: int = 0,
         keep_best: int = 0,
     ):
+        _check_name(os.fspath(directory))
         self._stored = open_steps(directory)
         self.directory = self._stored.folder  # where steps are written first
         self._keep = keep
@@ -261,26 +263,36 @@ class Checkpoints:
         )
 
 
+def _check_name(path: str) -> None:
+    """Raises InputError for a path that tensorstore cannot be given."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path!r}: this path is not UTF-8, or the locale is none with UTF-8: checkpoints "
+            "cannot lie there. Rename the folder, or start with LC_ALL=C.UTF-8"
+        ) from error
+
+
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB ({count:,} bytes)"
 
 
 def main() -> int:
-    """Prints the step of a run's newest checkpoint, if there is one; 2 if that is not known."""
+    """Prints the step of a run's newest checkpoint, if there is one."""
+    return ending(_main, limited=False) or 0
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("workdir")
     workdir = parser.parse_args().workdir
     folder = os.path.join(workdir, "checkpoints")
-    try:
-        for path in (workdir, folder):
-            if os.path.exists(path) and not os.path.isdir(path):
-                raise InputError(f"{path} is no folder; expected a run's work directory")
-        steps = Checkpoints(folder).steps()
-    except (InputError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for path in (workdir, folder):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise InputError(f"{path} is no folder; expected a run's work directory")
+    steps = Checkpoints(folder).steps()
     print(*steps[-1:], end="\n" if steps else "")
-    return 0
 
 
 if __name__ == "__main__":

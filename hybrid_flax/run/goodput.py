@@ -1,8 +1,9 @@
 """Where the time of a run goes, over all its starts: `ledger.jsonl` in the work directory.
 
-One line each time something is logged: the seconds that each phase took since the line before. What
-the lines cannot know follows from them: the time between the last line of a process and the next
-start is downtime, and the training of steps that had to be done again was lost.
+One line each time something is logged: the seconds that each phase took since the line before; at
+the first step of a start also what making it took, in whatever thread (`compiled`). What the lines
+cannot know follows from them: the time between the last line of a process and the next start is
+downtime, and the training of steps that had to be done again was lost.
 
 Durations come from the monotonic clock. Wall time only places the starts, so a clock that jumps
 can spoil a downtime, and nothing else.
@@ -137,7 +138,7 @@ class Ledger:
         self._begun = True
         self.write(step)
 
-    def write(self, step: int, **more: bool) -> None:
+    def write(self, step: int, **more: Any) -> None:
         """Adds a line: what happened since the last one, in which the run came to `step`.
 
         A step before that of the last line, where a start or a run that was rolled back begins, is

@@ -1,10 +1,13 @@
 """Which phase a run is in, and how long each has taken."""
 
 import contextlib
+import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 
-PHASES = ("start", "build", "restore", "compile", "train", "input wait", "save", "evaluate")
+STARTING = ("import", "start", "build", "restore", "first batch", "compile", "first step")
+PHASES = (*STARTING, "train", "input wait", "save", "evaluate")
 
 
 class Phases:
@@ -41,6 +44,10 @@ class Phases:
         self._known.add(left)
         self._sign = kind, now
 
+    def count(self, kind: str, seconds: float) -> None:
+        """Counts seconds that passed before there were phases."""
+        self._seconds[kind] += seconds
+
     def was(self, kind: str) -> None:
         """Counts the time since the phase was entered as another's."""
         self._sign = kind, self._sign[1]
@@ -69,3 +76,13 @@ class Phases:
         now = self._clock()
         kind = self._sign[0]
         return self._seconds | {kind: self._seconds[kind] + now - self._since}
+
+
+def seconds_of_process() -> float:
+    """How long ago this process began; 0 where the system does not say (it is not Linux)."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

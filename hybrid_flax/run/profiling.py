@@ -1,6 +1,7 @@
 """Recording what devices and host do at some steps: --profile=10:15 of `hybrid_flax.main`."""
 
 import contextlib
+import logging
 import os
 import re
 from typing import Any
@@ -24,7 +25,7 @@ class Profile:
     """
 
     def __init__(self, steps: str, folder: str):
-        match = re.fullmatch(r"(\d+):(\d+)", steps)
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", steps)
         self._first, self._last = map(int, match.groups()) if match else (0, 0)
         if steps and not 1 <= self._first <= self._last:
             raise InputError(
@@ -33,6 +34,7 @@ class Profile:
             )
         self._folder = folder
         self._recording = False
+        self._begun = 0
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Around the call of that step; begins the record if it is the first to be in it."""
@@ -54,8 +56,14 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends the record, if the run ends within it."""
+        """Ends the record, if the run ends within it; says so if there was none."""
         if self._recording:
             jax.profiler.stop_trace()
             self._recording = False
             print(f"recorded steps {self._begun} to {self._number} in {self._folder}")
+        elif self._last and not self._begun:
+            logging.warning(
+                "--profile=%d:%d recorded nothing: none of these steps was done by this process",
+                self._first,
+                self._last,
+            )

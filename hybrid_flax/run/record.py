@@ -15,9 +15,10 @@ from hybrid_flax.errors import TrainingError, close, closed_after
 from hybrid_flax.run import files
 from hybrid_flax.run.checkpoint_files import Restored
 from hybrid_flax.run.checkpoints import Checkpoints
+from hybrid_flax.run.compiling import Made
 from hybrid_flax.run.goodput import Ledger
 from hybrid_flax.run.metrics import MetricWriter, Numbers, draw_curves
-from hybrid_flax.run.phases import Phases
+from hybrid_flax.run.phases import STARTING, Phases
 from hybrid_flax.run.profiling import Profile
 from hybrid_flax.run.progress import Progress
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps
@@ -100,6 +101,11 @@ class Record:
 
     # ------------------------------------------------------------------------------- checkpoints
 
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, intact or not; None if there is none."""
+        steps = self._checkpoints.steps()
+        return steps[-1] if steps else None
+
     def restore(self, expected: Any) -> Restored | None:
         """The newest intact checkpoint, see `Checkpoints.restore`."""
         self._checkpoints.wait()  # one may still be on its way when a run rolls back
@@ -174,6 +180,18 @@ class Record:
         self._step = number
         self._profile.after(number, metrics)
         self._progress.stepped()
+
+    def started(self, step: int, made: Made) -> None:
+        """Says and notes what came before the end of a start's first step, and how long it took.
+
+        Args:
+          made: the compiled step.
+        """
+        self._ledger.write(step, compiled=made._asdict())
+        spent = self._phases.seconds()
+        parts = ", ".join(f"{kind} {spent[kind]:.1f}" for kind in STARTING)
+        total = sum(spent[kind] for kind in STARTING)
+        self._progress.say(f"first step done after {total:.1f} s: {parts}")
 
     def log(
         self,

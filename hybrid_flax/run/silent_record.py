@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid_flax.run import files
+from hybrid_flax.run.compiling import Made
 from hybrid_flax.run.metrics import Numbers
 from hybrid_flax.run.record import Results
 from hybrid_flax.run.skipped_steps import NonFiniteStep, SkippedSteps
@@ -28,6 +29,9 @@ class SilentRecord:
 
     def write_classes(self, names: Sequence[str] | None) -> None:
         pass
+
+    def newest_step(self) -> int | None:
+        return None
 
     def restore(self, expected: Any) -> None:
         return None
@@ -53,6 +57,9 @@ class SilentRecord:
         return contextlib.nullcontext()
 
     def stepped(self, number: int, metrics: Any) -> None:
+        pass
+
+    def started(self, step: int, made: Made) -> None:
         pass
 
     def log(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 _NOTICES = {"preempted": "FALSE", "maintenance-event": "NONE"}
 _POLL = 5.0  # seconds
 _PATIENCE = 5.0  # seconds for Python to come to a bytecode where there is nothing to be saved
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -26,7 +26,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Listens for SIGTERM and SIGINT: the first raises `Stopped`, or is remembered to save first.
+    """Listens for SIGTERM, SIGINT and SIGHUP, which a terminal sends that is closed.
+
+    The first raises `Stopped`, or is remembered to save first:
 
         with StopSignal() as stop:
             ...                          # a signal raises Stopped
@@ -36,6 +38,7 @@ class StopSignal:
     A second signal, whichever the two are, ends the process at once with the status of the first:
     a thread hears it, for Python handles signals between bytecodes only, and a step may compile for
     minutes. Where nothing is deferred, that thread waits for Python five seconds and ends it, too.
+    A SIGHUP that was ignored when the process began (by nohup) stays so.
     On Google Cloud the notice that this machine will be taken away, half a minute or more before it
     is, counts as SIGTERM where signals are deferred.
 
@@ -54,7 +57,11 @@ class StopSignal:
         os.set_blocking(self._mouth, False)
         self._listener = threading.Thread(target=self._listen, args=(ear,), daemon=True)
         self._listener.start()
-        self._previous = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in _NUMBERS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         self._woken_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         return self
 
@@ -79,9 +86,13 @@ class StopSignal:
             self.deferring = False
 
     def ask(self, number: signal.Signals) -> None:
-        """Asks to stop as that signal would, where signals are deferred."""
-        self.received = self.received or number
-        self._heard()
+        """Asks to stop as that signal would, where signals are deferred; nothing if one came.
+
+        It is no second signal: Ctrl-C also ends a `tee` that reads what this process says.
+        """
+        if self.received is None:
+            self.received = number
+            self._heard()
 
     def _handle(self, number: int, _frame: object) -> None:
         self.received = self.received or signal.Signals(number)

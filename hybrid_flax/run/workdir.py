@@ -8,6 +8,7 @@
 `stall-0.txt`     what the watchdog said, by process
 `metrics.jsonl`   one line per logged step or evaluation; also as TensorBoard events
 `curves.png`      the same, drawn
+`compiled/`       see `compilation_cache.py`
 `checkpoints/`    see `checkpoints.py`; damaged ones are moved to `damaged/`
 """
 

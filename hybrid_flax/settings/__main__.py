@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import pathlib
+import sys
 from typing import Any
 
 from hybrid_flax.settings.reading import FIELDS, SECTIONS, Field
@@ -52,6 +53,15 @@ def _show(default: Any) -> str:
     return f"`{default!r}`"
 
 
-if __name__ == "__main__":
+def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and nothing else
-    FILE.write_text(document())
+    try:
+        FILE.write_text(document())
+    except OSError as error:  # an installed package has no docs/ beside it
+        print(f"error: cannot write {FILE}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,12 +31,15 @@ def with_found_config(arguments: Sequence[str]) -> list[str]:
     `.py`, from whatever folder.
 
     Raises:
-      InputError: neither is there.
+      InputError: neither is there, or several are given.
     """
     found = list(arguments)
+    flags = ("--config", "-config")
+    if sum(argument.partition("=")[0] in flags for argument in found) > 1:
+        raise InputError("--config is given more than once; give one config file")
     for i, argument in enumerate(found):
         flag, given, value = argument.partition("=")
-        if flag not in ("--config", "-config"):
+        if flag not in flags:
             continue
         if given:
             found[i] = f"{flag}={_file(value)}"
@@ -65,6 +68,8 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]
 
     A value is written as in Python; what is not Python is a text: `.mixer=pooling`. It takes no
     field that the config names: which there are, the model knows.
+
+    Raises InputError for a name that no field can have.
     """
     others: list[str] = []
     fields: dict[str, Any] = {}
@@ -75,11 +80,14 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]
         if not argument.startswith("-") or not name.startswith(_OVERRIDES):
             others.append(argument)
             continue
+        field = name.removeprefix(_OVERRIDES)
+        if not field.isidentifier():
+            raise InputError(f"{argument[:80]}: expected --config.model.overrides.FIELD=VALUE")
         value = value if given else next(rest, "")
         try:
-            fields[name.removeprefix(_OVERRIDES)] = ast.literal_eval(value)
+            fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            fields[name.removeprefix(_OVERRIDES)] = value
+            fields[field] = value
     return others, fields
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from hybrid_flax.errors import InputError
 from hybrid_flax.settings.expected import Expected
 from hybrid_flax.settings.sections import Settings
-from hybrid_flax.settings.together import impossible, without_effect
+from hybrid_flax.settings.together import cut_short, impossible, without_effect
 
 # Names of the version before this one: what they are called now, and what is no setting any more.
 RENAMED = {"model.attention": "model.implementation"}
@@ -66,7 +66,7 @@ def from_config(config: Tree) -> Settings:
     """The settings of a config, every one of them checked.
 
     Names of the version before this one are understood, and said to be old; what was chosen and
-    has no effect beside the other values is said, too.
+    has no effect beside the other values, or none within the run's epochs, is said, too.
 
     Raises:
       InputError: naming every value that cannot be used, every unknown name, and what is missing.
@@ -89,9 +89,8 @@ def from_config(config: Tree) -> Settings:
         problems = list(impossible(settings))
     if problems:
         raise InputError("\n".join(problems))
-    for sentence in without_effect(
-        settings, {name: field.default for name, field in FIELDS.items()}
-    ):
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    for sentence in (*without_effect(settings, defaults), *cut_short(settings)):
         _say_once(sentence)
     return settings
 

@@ -72,6 +72,12 @@ class Model:
         one_of(*REMATERIALISED),
         "none",
     )
+    scan_blocks: str = setting(
+        "whether equal blocks run as a loop, which compiles sooner and changes the last bits; "
+        "auto: as hybrid_flax/scan_choice.py says",
+        one_of("auto", "on", "off"),
+        "auto",
+    )
     batch_norm_group: int = setting(
         "images that share batch statistics in training; 0: a whole micro-batch", whole(0), 0
     )

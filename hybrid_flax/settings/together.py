@@ -103,6 +103,7 @@ NEEDS = (
         lambda s: s.model.name.endswith("_tklb"),
         "only token-labelled models (glnet_*_tklb) have this part of the loss",
     ),
+    Need(("loss.transposed_crops",), lambda s: s.dataset.label_maps, "there are no label maps"),
     Need(
         ("model.drop_path", "model.batch_norm_group"),
         lambda s: not s.model.eval_mode,
@@ -123,6 +124,27 @@ NEEDS = (
         ("schedule.step_epochs", "schedule.step_factor"),
         lambda s: s.schedule.name == "step",
         "only the schedule step has it",
+    ),
+    Need(
+        ("schedule.min_learning_rate",),
+        lambda s: s.schedule.name not in ("constant", "onecycle"),
+        "schedule.name is one without a minimum",
+    ),
+    Need(
+        ("schedule.decay_epochs", "schedule.decay_from_start"),
+        lambda s: s.schedule.name != "constant",
+        "schedule.name=constant keeps the peak",
+    ),
+    Need(
+        ("schedule.warmup_learning_rate", "schedule.warmup_reaches_peak"),
+        lambda s: s.schedule.warmup_epochs,
+        "there is no warm-up: schedule.warmup_epochs is 0",
+    ),
+    Need(("optimizer.nesterov",), lambda s: s.optimizer.momentum, "there is no momentum"),
+    Need(
+        ("optimizer.decay_also", "optimizer.decay_never"),
+        lambda s: s.optimizer.weight_decay or s.optimizer.name == "lamb",
+        "nothing decays: optimizer.weight_decay is 0",
     ),
     Need(("ema_warmup",), lambda s: s.ema_decay, "there is no average: ema_decay is 0"),
     Need(
@@ -148,3 +170,20 @@ def without_effect(settings: Settings, defaults: dict[str, object]) -> Iterator[
             chosen = any(value) if isinstance(value, tuple) else bool(value)
             if chosen and value != defaults[name]:
                 yield f"--config.{name}={value!r} has no effect: {need.words}"
+
+
+def cut_short(settings: Settings) -> Iterator[str]:
+    """A sentence for each part of the learning rate's way that the run ends before."""
+    schedule, epochs = settings.schedule, settings.epochs
+    if epochs <= schedule.warmup_epochs:
+        yield (
+            f"--config.epochs={epochs}: the run ends within the warm-up of "
+            f"--config.schedule.warmup_epochs={schedule.warmup_epochs:g}, before the learning rate "
+            "is at its peak"
+        )
+    elif epochs < schedule.decay_epochs and schedule.name in ("cosine", "linear", "onecycle"):
+        yield (
+            f"--config.epochs={epochs}: the run ends before the learning rate is at its minimum; "
+            f"for that also set --config.schedule.decay_epochs={epochs} "
+            f"(it is {schedule.decay_epochs:g})"
+        )

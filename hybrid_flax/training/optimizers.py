@@ -1,7 +1,7 @@
 """Optimizers from the config's numbers: which parameters learn, how fast, and what decays."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import jax
@@ -122,12 +122,13 @@ def found_in(pattern: str, paths: Iterable[str]) -> bool:
     return any(re.search(pattern, path) for path in paths)
 
 
-def _check_patterns(field: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+def _check_patterns(field: str, patterns: Iterable[str], paths: Collection[str]) -> None:
     for pattern in patterns:
         if not found_in(pattern, paths):
+            some = ", ".join(list(paths)[:: -(-len(paths) // 4) or 1])
             raise InputError(
-                f"--config.optimizer.{field}: {pattern!r} matches no parameter of this model; "
-                "parameters.txt in the work directory lists them"
+                f"--config.optimizer.{field}: {pattern!r} matches no parameter of this model, "
+                f"whose names are like {some}; parameters.txt of a run lists all"
             )
 
 

@@ -1,8 +1,10 @@
 """Fits the weights of one model to another of the same architecture."""
 
+import math
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hybrid_flax.errors import InputError
@@ -46,8 +48,8 @@ def adapt(
             window = (round(leaf.shape[0] ** 0.5) + 1) // 2
             fitted[path] = resize_relative_position_bias(jnp.asarray(array), window)
             resized.append(path)
-        elif re.search(structure.position_map, path) and _same_from(2, array, leaf):
-            fitted[path] = resize_position_map(jnp.asarray(array), *leaf.shape[:2])
+        elif re.search(structure.position_map, path) and _are_maps(array, leaf):
+            fitted[path] = _resized_map(jnp.asarray(array), leaf.shape)
             resized.append(path)
         else:
             shapes.append(f"{path}: checkpoint {tuple(array.shape)}, this model {leaf.shape}")
@@ -67,3 +69,18 @@ def adapt(
 
 def _same_from(dimension: int, array: Any, leaf: Any) -> bool:
     return array.ndim == leaf.ndim and array.shape[dimension:] == leaf.shape[dimension:]
+
+
+def _are_maps(array: Any, leaf: Any) -> bool:
+    """Whether both are maps of positions, [H, W, C], or [H·W, C] of a square."""
+    if array.ndim == 2:
+        are_square = all(math.isqrt(len(each)) ** 2 == len(each) for each in (array, leaf))
+        return are_square and _same_from(1, array, leaf)
+    return _same_from(2, array, leaf)
+
+
+def _resized_map(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if x.ndim == 2:
+        old, new = math.isqrt(len(x)), math.isqrt(shape[0])
+        return resize_position_map(x.reshape(old, old, -1), new, new).reshape(shape)
+    return resize_position_map(x, *shape[:2])

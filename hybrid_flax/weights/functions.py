@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from hybrid_flax.layers import scanned_blocks
 from hybrid_flax.models.backbone import Backbone
 from hybrid_flax.weights.bridge import Weights, string_keys
 
@@ -20,9 +21,12 @@ REMAT = {
 }
 
 
-def as_function(model: Backbone) -> Callable[..., Any]:
-    """The model as a pure function: `apply(weights, *args, method="__call__", **kwargs)`."""
-    run = as_training_function(model)
+def as_function(model: Backbone, *, scan: bool = False) -> Callable[..., Any]:
+    """The model as a pure function: `apply(weights, *args, method="__call__", **kwargs)`.
+
+    `scan` makes equal blocks one loop, see `layers/blocks.py`.
+    """
+    run = as_training_function(model, scan=scan)
 
     def apply(weights: Weights, *args, **kwargs):
         return run(weights, *args, **kwargs)[0]
@@ -31,7 +35,7 @@ def as_function(model: Backbone) -> Callable[..., Any]:
 
 
 def as_training_function(
-    model: Backbone, remat: str = "none"
+    model: Backbone, remat: str = "none", *, scan: bool = False
 ) -> Callable[..., tuple[Any, Weights]]:
     """Like `as_function`, but returns (output, batch statistics after the call).
 
@@ -43,7 +47,11 @@ def as_training_function(
 
     def apply(weights: Weights, *args, method: str = "__call__", **kwargs):
         module = with_weights(weights)
-        with _rematerialised(module, policy) if policy else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if policy:
+                stack.enter_context(_rematerialised(module, policy))
+            if scan:
+                stack.enter_context(scanned_blocks(policy))
             output = getattr(module, method)(*args, **kwargs)
         return output, string_keys(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 

@@ -1,5 +1,6 @@
 """Each config, expanded: a changed number must show up here."""
 
+import argparse
 import functools
 import json
 import pathlib
@@ -186,6 +187,7 @@ def test_fields_are_still_known_by_their_former_names(command_line):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"Writes {GOLDEN}, as the configs are now.").parse_args()
     every = {name: flat(name) for name in CONFIGS}
     first, *others = every.values()
     common = {

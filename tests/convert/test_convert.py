@@ -308,7 +308,7 @@ def test_command_line_takes_what_is_there(tmp_path, xxt_file, capsys):
     assert "5 classes, 224 pixels" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     for arguments, said in (
-        ([f"--out={tmp_path}/file"], "file"),
+        ([f"--out={tmp_path}/file"], "file is a file: expected a folder"),
         ([f"--out={tmp_path}/other", "--image_size=100000"], "expected 1 to 2048 pixels"),
         ([f"--out={tmp_path}/other", "--entry=model"], "has no entry 'model' with weights"),
         ([f"--out={tmp_path}/other", "--image_size=64"], "of another shape"),

@@ -215,3 +215,22 @@ def test_a_table_of_another_model_tells_no_size(model):
 
 def test_release_keys_are_what_verify_compares(model, state):
     assert_same(release_state(model, with_prefix(state, "module.")), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("gcvit_xxt", {"image_size": 64, "dim": 32, "depths": (1, 1, 1, 1)}),
+        ("ga_vit_s", {"depth": 2}),
+        ("glnet_4g_tklb", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_a_model_without_a_classifier_takes_none(name, small, capsys):
+    state = convert.to_state_dict(reference.model(name, num_classes=5, **small))
+    features = reference.model(name, num_classes=0, seed=1, **small)
+    convert.load_state_dict(features, state)
+    assert "the classifier is left out, for num_classes=0: " in capsys.readouterr().out
+    for key, array in convert.to_state_dict(features).items():
+        np.testing.assert_array_equal(array, state[key])
+    with pytest.raises(InputError, match="1 only in the checkpoint:\n    neck.weight"):
+        convert.load_state_dict(features, state | {"neck.weight": np.zeros(3, np.float32)})

@@ -250,3 +250,9 @@ def test_weights_with_and_without_a_wrapper_are_refused(tmp_path):
     twice = {"head._orig_mod.weight": torch.from_numpy(ARRAY), **WEIGHTS}
     with pytest.raises(InputError, match="some weights twice, with and without"):
         convert.load_checkpoint(saved(tmp_path, twice))
+
+
+def test_an_object_in_the_place_of_weights_is_named(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2), "epoch": 3}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match="model is an object of torch.nn.*Linear, which needs the"):
+        convert.load_checkpoint(tmp_path / "m.pth")

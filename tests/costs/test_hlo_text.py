@@ -8,7 +8,6 @@ from hybrid_flax.costs.hlo_text import (
     find_collectives,
     gathered,
     largest,
-    memory_traffic,
 )
 
 PROGRAM = """HloModule jit_step, num_partitions=8
@@ -35,6 +34,23 @@ _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 """
 
 
+LOOP = """HloModule jit_step, num_partitions=8
+
+%body (state: (s32[], f32[8], f32[9,8])) -> (s32[], f32[8], f32[9,8]) {
+  %state = (s32[], f32[8]{0}, f32[9,8]{1,0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%state), index=1
+  %sum = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  ROOT %next = (s32[], f32[8]{0}, f32[9,8]{1,0}) tuple(%i, %sum, %stack)
+}
+
+ENTRY %main (param: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]{0}, f32[9,8]{1,0}) while(%start), condition=%until, body=%body, \
+backend_config={"known_trip_count":{"n":"9"},"known_init_step":{"init":"0","step":"1"}}
+  ROOT %end = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
 def test_collectives_are_counted_with_their_bytes():
     assert collectives(PROGRAM) == {
         "within": {
@@ -50,6 +66,10 @@ def test_collectives_are_counted_with_their_bytes():
     }
 
 
+def alone(line: str) -> str:
+    return f"HloModule x, num_partitions=8\n\nENTRY %main () -> f32[] {{\n{line}\n}}\n"
+
+
 @pytest.mark.parametrize(
     ("groups", "chips"),
     [
@@ -62,15 +82,15 @@ def test_collectives_are_counted_with_their_bytes():
     ],
 )
 def test_how_many_chips_take_part(groups, chips):
-    text = f"HloModule x, num_partitions=8\n  %x = f32[6]{{0}} all-gather(%y), {groups}, a=1\n"
-    assert list(find_collectives(text)) == [Collective("all-gather", 24, chips, False)]
+    text = f"  %x = f32[6]{{0}} all-gather(%y), {groups}, a=1"
+    assert list(find_collectives(alone(text))) == [Collective("all-gather", 24, chips, False)]
 
 
 def test_what_is_sent_around_a_ring():
     sent = {kind: Collective(kind, 800, 4, False).sent for kind in ("all-reduce", "all-to-all")}
     assert sent == {"all-reduce": 1200, "all-to-all": 600}
-    pairs = "  %x = u8[5]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}, a=1\n"
-    assert [one.sent for one in find_collectives(pairs)] == [5]
+    pairs = "  %x = u8[5]{0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}, a=1"
+    assert [one.sent for one in find_collectives(alone(pairs))] == [5]
 
 
 def test_what_is_gathered_names_the_arguments_it_is_made_of():
@@ -86,15 +106,7 @@ def test_the_largest_arrays_say_where_they_come_from():
     assert last["bytes"] < first["bytes"]
 
 
-def test_memory_traffic_leaves_out_what_lies_beside_the_cores():
-    text = """HloModule x
-
-ENTRY %main () -> f32[8] {
-  %param = f32[64]{0} parameter(0)
-  %copy = (f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%param)
-  %near = f32[64]{0:S(1)} copy-done(%copy)
-  %slice = ((f32[64]{0}), f32[16]{0:S(1)}, s32[]) slice-start(%param), slice={[0:16]}
-  %sum = f32[64]{0} fusion(%near, %param), kind=kLoop, calls=%f
-}
-"""
-    assert memory_traffic(text) == 64 * 4 + 16 * 4 + 2 * 64 * 4
+def test_what_a_loop_does_counts_each_time():
+    assert collectives(LOOP) == {
+        "within": {"all-reduce": {"count": 9, "bytes": 9 * 32, "sent": 9 * 56}}
+    }

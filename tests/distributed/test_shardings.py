@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from hybrid_flax.distributed.mesh import make_mesh
 from hybrid_flax.distributed.shardings import (
     memory_table,
+    say_unused_rules,
     show_memory_table,
     state_shardings,
 )
@@ -132,3 +133,9 @@ def test_arrays_come_back_from_the_devices_as_they_went():
     for path, want in flatten(arrays).items():
         np.testing.assert_array_equal(np.array(back[path]), want)
     assert broadcast_from_first(back, back) is back
+
+
+def test_a_rule_for_nothing_is_said(caplog):
+    say_unused_rules((("nosuch", ("fsdp",)), ("kernel$", ("fsdp",))), state())
+    assert "rules: 'nosuch' has no effect: it is found in no array's path, such as" in caplog.text
+    assert len(caplog.records) == 1

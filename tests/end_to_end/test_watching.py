@@ -56,8 +56,13 @@ def test_the_time_of_a_run_is_accounted_for(run):
     found = account(lines)
     assert found.wall == pytest.approx(lines[-1]["elapsed"], abs=0.01)
     assert {kind for kind, seconds in found.seconds.items() if not seconds} <= {
-        *("input wait", "lost steps", "downtime"),
+        *("import", "compile", "input wait", "lost steps", "downtime"),  # compiled meanwhile
     }
+    (made,) = [line["compiled"] for line in lines if "compiled" in line]
+    assert made["source"] in ("new", "the cache")
+    assert min(made["trace"], made["lower"], made["compile"]) > 0
+    parts = r"import 0.0, start \S+, build \S+, restore \S+, first batch \S+, compile \S+, first st"
+    assert re.search(rf"first step done after \S+ s: {parts}", said)
     goodputs = [r["run/goodput"] for r in read_metrics(folder / "metrics.jsonl") if "val/top1" in r]
     assert len(goodputs) == 2
     assert 0 < goodputs[0] < 1

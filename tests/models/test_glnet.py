@@ -309,6 +309,7 @@ def test_learned_slots_are_the_same_for_every_image(stl):
 # -------------------------------------------------------------------------------- initial values
 
 
+@pytest.mark.slow
 def test_initial_values():
     def init():
         rngs = nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))  # which compiles fastest

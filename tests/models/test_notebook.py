@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 
 import hybrid_flax
 from hybrid_flax.errors import InputError
+from hybrid_flax.layers.inputs import check_images
 from hybrid_flax.models import registry
 from hybrid_flax.weights import bridge
 from hybrid_flax.weights.functions import as_function
@@ -28,7 +30,7 @@ NAMES = (
     *(f"unified_{mixer}_micro" for mixer in ("halonet", "pvt", "swin", "convnext", "internimage")),
 )
 EACH = pytest.mark.parametrize("name", NAMES)
-QUICK = ("gcvit_xxt", "ga_resnet50", "ga_vit_s", "unified_pvt_micro", "unified_convnext_micro")
+QUICK = ("ga_resnet50", "unified_pvt_micro", "unified_convnext_micro")
 
 
 def abstract(name, **fields):
@@ -175,3 +177,27 @@ def test_numbers_of_numpy_are_numbers():
 def test_what_is_not_normalised_images_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         abstract("unified_convnext_micro")(given)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((0, 64, 64, 3), np.float32), "at least one, got shape \\(0, 64, 64, 3\\)"),
+        (
+            types.SimpleNamespace(shape=(1, 64, 64, 3), dtype="torch.float32"),
+            "of JAX or NumPy, not",
+        ),
+    ],
+)
+def test_images_that_no_model_takes_are_named(images, message):
+    with pytest.raises(InputError, match=message):
+        check_images(images)
+
+
+def test_pretrained_is_no_file_and_names_are_in_lower_case():
+    with pytest.raises(InputError, match="pretrained='x.pth': expected True or False. Weights of"):
+        hybrid_flax.create_model(
+            "gcvit_xxt", pretrained="x.pth", **registry.tiny_model("gcvit_xxt")
+        )
+    with pytest.raises(InputError, match="unknown model 'GCVIT_XXT'. Did you mean gcvit_xxt"):
+        hybrid_flax.model_info("GCVIT_XXT")

@@ -81,7 +81,7 @@ def test_what_was_released_is_allowed(name):
         ("unified_pvt_micro", {"dims": (32, 64, 128, 256)}, "expected multiples of (2, 2, 5, 8)"),
         ("unified_internimage_micro", {"dims": (8,) * 4}, "multiples of (16, 16, 16, 16)"),
         ("unified_convnext_micro", {"dims": (7,) * 4}, "expected multiples of (2, 1, 1, 1)"),
-        ("unified_convnext_micro", {"mixer": "conv"}, "unknown mixer 'conv'. Known: halonet, pvt"),
+        ("unified_convnext_micro", {"mixer": "conv"}, "mixer='conv': expected one of halonet, pvt"),
         ("l2vit_t", {"detection": 1}, "l2vit_t: detection=1: expected True or False"),
         (
             "l2vit_t",

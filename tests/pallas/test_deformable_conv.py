@@ -242,12 +242,11 @@ def test_masks_and_offsets_that_are_not_numbers(module):
     geometry = Sampling(7, 7, 7, 7, 2, 16, 3, "float32")
     value, offsets, mask = arrays(geometry, 1)
     offsets = offsets.at[0, 3, 3, 0, 4].set(jnp.nan).at[0, 2, 2, 1, 0].set(jnp.inf)
+    forward = jax.jit(functools.partial(module.forward, geometry, interpret=True))
+    backward = jax.jit(functools.partial(module.backward, geometry, interpret=True))
     for given in (mask, jnp.zeros_like(mask)):
         inputs = value, offsets, given
-        out, *grads = (
-            module.forward(geometry, *inputs, interpret=True),
-            *module.backward(geometry, *inputs, jnp.ones_like(value), interpret=True),
-        )
+        out, *grads = forward(*inputs), *backward(*inputs, jnp.ones_like(value))
         assert all(jnp.isfinite(x).all() for x in (out, *grads))
         np.testing.assert_allclose(out, definition(geometry)(*inputs), atol=1e-5)
 
@@ -295,6 +294,7 @@ def test_hopper_kernels_refuse_what_their_addresses_do_not_reach():
         jax.eval_shape(functools.partial(gpu.forward, geometry), *shapes)
 
 
+@pytest.mark.slow
 def test_bfloat16_on_hopper_is_near_the_definition_in_float32():
     geometry = Sampling(14, 14, 14, 14, 8, 16, 3, "bfloat16")
     assert max(differences(geometry, target="gpu")) < 1e-2

@@ -16,6 +16,7 @@ from gcp_storage_emulator import server as emulator
 
 from hybrid_flax.errors import InputError, TrainingError
 from hybrid_flax.run.checkpoints import Checkpoints, CheckpointSaveError
+from hybrid_flax.run.compilation_cache import CompilationCache
 from hybrid_flax.run.metrics import read_metrics
 from hybrid_flax.run.saved_weights import load_weights
 from hybrid_flax.run.storage import mirror
@@ -353,3 +354,30 @@ def test_another_run_is_refused(url):
 def test_what_is_no_bucket_is_said(url, message):
     with pytest.raises(InputError, match=message):
         run(url).__enter__()
+
+
+def test_compiled_programs_lie_in_a_bucket_that_may_go_away(url, monkeypatch, caplog):
+    CompilationCache(url).put("jit_step-1", b"a program")
+    cache = CompilationCache(url)
+    assert cache.get("jit_step-1") == b"a program"
+    assert cache.get("jit_step-2") is None
+    damaged = CompilationCache(url)
+    (name,) = Bucket(url).names()
+    Bucket(url).write(name, "damaged")
+    assert damaged.get("jit_step-1") is None
+    assert "the compiled program jit_step in" in caplog.text
+    assert Bucket(url).names() == []
+    cache.put("jit_step-1", b"a program")
+    caplog.clear()
+    for method in "download", "upload":
+        monkeypatch.setattr(Bucket, method, no_route)
+    for _ in range(2):
+        assert cache.get("jit_step-1") is None
+        cache.put("jit_step-2", b"another")
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "cannot read compiled programs in gs",
+        "cannot write compiled programs in gs",
+    ]
+    monkeypatch.setattr(Bucket, "names", no_route)
+    assert CompilationCache(url).get("jit_step-1") is None
+    assert f"cannot read or write compiled programs in {url}: no route to host" in caplog.text

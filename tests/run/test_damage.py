@@ -8,6 +8,7 @@ import pytest
 
 from hybrid_flax.errors import InputError
 from hybrid_flax.run import workdir
+from hybrid_flax.run.checkpoints import Checkpoints
 from hybrid_flax.run.goodput import account, read_ledger
 from hybrid_flax.run.metrics import MetricWriter
 from hybrid_flax.run.workdir import Workdir
@@ -82,3 +83,8 @@ def test_no_damage_is_more_than_an_error_that_names_the_file(tmp_path, monkeypat
     assert len(said) >= count / 2
     assert {name for name, _ in said} == {"config.json"}
     assert all(str(tmp_path) in text for _, text in said)
+
+
+def test_a_path_that_is_not_utf8_is_refused_and_damages_nothing():
+    with pytest.raises(InputError, match="this path is not UTF-8, or the locale is none with"):
+        Checkpoints("/tmp/w\udce9/checkpoints")

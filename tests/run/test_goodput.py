@@ -87,10 +87,13 @@ def test_a_ledger_with_a_known_answer(tmp_path):
 
     found = ledger.account()
     assert found.seconds == {
+        "import": 0,
         "start": 4,
         "build": 0,
         "restore": 2,
+        "first batch": 0,
         "compile": 10,
+        "first step": 0,
         "train": 12 * 3,  # each step once
         "input wait": 12,
         "save": 7,

@@ -50,3 +50,11 @@ def test_a_record_holds_the_annotated_steps(tmp_path, capsys):
     (record,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"step_num" in record.read_bytes()
     assert f"recorded steps 2 to 3 in {tmp_path}/profile" in capsys.readouterr().out
+
+
+def test_steps_that_were_not_done_are_said(tmp_path, caplog):
+    profile = Profile("50:60", str(tmp_path))
+    with profile.step(3):
+        pass
+    profile.close()
+    assert "--profile=50:60 recorded nothing: none of these steps was done" in caplog.text

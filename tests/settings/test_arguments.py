@@ -64,6 +64,17 @@ def test_fields_of_a_variant_are_set_beside_those_of_the_config():
     override(configs.load("gcvit_b"), {})
 
 
+@pytest.mark.parametrize("argument", ["dims.x=3", "=3", "a-b=1"])
+def test_what_no_field_is_called_is_refused(argument):
+    with pytest.raises(InputError, match="expected --config.model.overrides.FIELD=VALUE"):
+        take_overrides([f"--config.model.overrides.{argument}"])
+
+
+def test_two_configs_are_refused():
+    with pytest.raises(InputError, match="--config is given more than once"):
+        with_found_config(["main", "--config=gcvit_b", "--config", "gcvit_t"])
+
+
 def test_digits_without_end_are_a_text():
     _, fields = take_overrides([f"--config.model.overrides.dim={'9' * 5000}"])
     assert fields == {"dim": "9" * 5000}

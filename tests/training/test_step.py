@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from hybrid_flax.build import CompiledOnce
 from hybrid_flax.distributed.batch import check_batch_size, to_devices
 from hybrid_flax.distributed.mesh import make_mesh, replicated
 from hybrid_flax.models.gcvit import GCViT
+from hybrid_flax.run.compiling import CompiledOnce
 from hybrid_flax.settings import from_config, replace
 from hybrid_flax.training.optimizers import make_optimizer
 from hybrid_flax.training.schedules import make_schedule
@@ -128,7 +128,7 @@ def test_the_step_compiles_once_and_consumes_its_state():
 
 
 def test_another_shape_is_refused():
-    once = CompiledOnce(jax.jit(lambda state, batch: state + batch.sum()))
+    once = CompiledOnce(jax.jit(lambda state, batch: state + batch.sum()), "step")
     assert once(jnp.zeros(()), jnp.ones(3)) == 3
     assert once(jnp.zeros(()), jnp.ones(3)) == 3
     with pytest.raises(TypeError, match=r"float32\[3\].*float32\[4\]|shape"):

@@ -29,6 +29,7 @@ from hybrid_flax.layers import (
     drop_path_rates,
     linear,
     pytorch_init,
+    run_blocks,
     split_key,
 )
 from hybrid_flax.models.backbone import Backbone, Family, ImageSize, Maps, sides
@@ -233,11 +234,10 @@ class GLNet(Backbone):
                 grid = _token_grid(image_shape, x.shape)
                 box = mix_token_box(box_key, *grid)
                 x = swap_box(x, box, TOKEN_STRIDE)
-            block_keys = split_key(stage_keys[i - 1], len(stage.blocks))
-            for j, block in enumerate(stage.blocks):
-                x, block_maps = block(x, block_keys[j])
+            outputs = run_blocks(stage.blocks, x, stage_keys[i - 1])
+            for j, (_, block_maps) in enumerate(outputs):
                 maps |= {f"s{i}b{j}_{name}": value for name, value in block_maps.items()}
-            maps[f"stage{i}"] = x
+            maps[f"stage{i}"] = x = outputs[-1][0]
 
         maps["norm"] = self.norm(x, train)
         maps["pooled"] = maps["norm"].mean((1, 2), dtype=jnp.float32)

@@ -21,6 +21,7 @@ from hybrid_flax.layers import (
     layer_norm,
     layer_scale,
     normal_init,
+    run_blocks,
     scaled,
     split_key,
 )
@@ -120,16 +121,7 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], key: jax.Array | None = None
     ) -> Float[Array, "B H W C"]:
-        return self.outputs(x, key)[-1]
-
-    def outputs(
-        self, x: Float[Array, "B H W C"], key: jax.Array | None = None
-    ) -> list[Float[Array, "B H W C"]]:
-        """Gives the output of each block."""
-        outputs = []
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            outputs.append(x := block(x, block_key))
-        return outputs
+        return run_blocks(self.blocks, x, key)[-1]
 
 
 class ConvNeXt(Trunk):
@@ -166,7 +158,9 @@ class ConvNeXt(Trunk):
         maps = {"stem": (x := self.stem(images))}
         taps = []
         for i, stage in enumerate(self.stages):
-            outputs = stage.outputs(self.downsamplers[i - 1](x) if i else x, stage_keys[i])
+            x = self.downsamplers[i - 1](x) if i else x
+            tapped = self.taps if i == 2 else ()
+            outputs = run_blocks(stage.blocks, x, stage_keys[i], taps=tapped)
             maps[f"stage{i + 1}"] = x = outputs[-1]
             if i == 2:
                 taps = [outputs[place] for place in self.taps]

@@ -27,6 +27,7 @@ from hybrid_flax.layers import (
     drop_path_rates,
     layer_norm,
     linear,
+    run_blocks,
     split_key,
     window_attention,
 )
@@ -256,11 +257,10 @@ class CSWin(Trunk):
         for i, blocks in enumerate(self.stages):
             if i:
                 maps[f"merge{i}"] = x = self.merges[i - 1](x)
-            for place, block_key in enumerate(split_key(stage_keys[i], len(blocks))):
-                x = blocks[place](x, block_key)
-                if i == 2 and place in self.taps:
-                    taps.append(x)
-            maps[f"stage{i + 1}"] = x
+            outputs = run_blocks(blocks, x, stage_keys[i], taps=self.taps if i == 2 else ())
+            if i == 2:
+                taps = [outputs[place] for place in self.taps]
+            maps[f"stage{i + 1}"] = x = outputs[-1]
         maps["aggregate"] = aggregate(maps, taps)
         maps["stage5"] = self.stage5(maps["aggregate"], train, last_key)
         return maps

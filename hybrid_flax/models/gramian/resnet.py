@@ -19,7 +19,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from hybrid_flax.layers import BatchNorm, Options, conv, drop_path_rates, normal_init, split_key
+from hybrid_flax.layers import (
+    BatchNorm,
+    Options,
+    conv,
+    drop_path_rates,
+    normal_init,
+    run_blocks,
+    split_key,
+)
 from hybrid_flax.models.backbone import Family, ImageSize
 from hybrid_flax.models.gramian.aggregation import Bottleneck, aggregate, tap_places
 from hybrid_flax.models.gramian.heads import Head
@@ -114,11 +122,11 @@ class ResNet(Trunk):
         maps = {"stem": (x := self.stem(images, train))}
         taps = []
         for i, blocks in enumerate(self.stages):
-            for place, block_key in enumerate(split_key(stage_keys[i], len(blocks))):
-                x = blocks[place](x, train, block_key)
-                if i == 2 and place in self.taps:
-                    taps.append(x)
-            maps[f"stage{i + 1}"] = x
+            tapped = self.taps if i == 2 else ()
+            outputs = run_blocks(blocks, x, stage_keys[i], train, taps=tapped)
+            if i == 2:
+                taps = [outputs[place] for place in self.taps]
+            maps[f"stage{i + 1}"] = x = outputs[-1]
         maps["aggregate"] = x = aggregate(maps, taps)
         maps["stage5"] = self.stage5(x, train, last_key)
         return maps

@@ -28,6 +28,7 @@ from hybrid_flax.layers import (
     layer_norm,
     linear,
     normal_init,
+    run_blocks,
     split_key,
 )
 from hybrid_flax.models.backbone import Family, ImageSize, sides
@@ -118,8 +119,7 @@ class ViT(Trunk):
         x = patches.reshape(len(patches), -1, patches.shape[-1])
         x = x + self.positions[None].astype(self.dtype)
         maps = {"stem": x.reshape(patches.shape)}
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = block(x, block_key)
+        *_, x = run_blocks(self.blocks, x, key)
         maps["blocks"] = x.reshape(patches.shape)
         maps["norm"] = self.norm(maps["blocks"])
         return maps
@@ -133,6 +133,7 @@ class GAViT(GramianNet):
         stem=r"trunk/(?:patches/|positions$)",
         blocks=r"trunk/blocks/(\d+)/",
         end=r"trunk/norm/|heads/",
+        position_map=r"trunk/positions$",
     )
     feature_maps = ("norm",)  # of stride 16
 

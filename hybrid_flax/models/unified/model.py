@@ -16,7 +16,7 @@ Shapes: B images, H×W map, C channels.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from hybrid_flax.layers import (
     layer_scale,
     linear,
     normal_init,
+    run_blocks,
     scaled,
     split_key,
 )
@@ -50,6 +51,7 @@ from hybrid_flax.models.unified.halo import HaloAttention
 from hybrid_flax.models.unified.mixer import Mixer, Place
 from hybrid_flax.models.unified.pvt import SpatialReductionAttention
 from hybrid_flax.models.unified.swin import ShiftedWindowAttention
+from hybrid_flax.models.variants import key_of
 
 MIXERS: dict[str, type[Mixer]] = {
     "halonet": HaloAttention,
@@ -73,7 +75,7 @@ LAYER_SCALE = 1e-6  # initial γ
 class Variant:
     """The numbers that define a unified model."""
 
-    mixer: str  # a key of MIXERS
+    mixer: Annotated[str, key_of(MIXERS)]
     dims: tuple[int, int, int, int]  # channels of each stage
     depths: tuple[int, int, int, int]  # blocks of each stage
     drop_path: float  # rate of the last block; the first has 0, linear between
@@ -191,8 +193,7 @@ class Stage(nnx.Module):
         """Returns (blocks' output, the same after the norm), both [B, H', W', C']."""
         if not self.is_first:
             x = self.downsample(x)
-        for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
-            x = block(x, block_key)
+        *_, x = run_blocks(self.blocks, x, key)
         return x, self.norm(x)
 
 
@@ -236,8 +237,6 @@ class Unified(Backbone):
         implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
-        if variant.mixer not in MIXERS:
-            raise InputError(f"unknown mixer {variant.mixer!r}. Known: {', '.join(MIXERS)}")
         mixer = MIXERS[variant.mixer]
         _check_dims(variant, mixer)
         if mixer.needs_square:
