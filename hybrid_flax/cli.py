@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from hybrid_flax.distributed import processes
 from hybrid_flax.errors import InputError
 from hybrid_flax.run import compilation_cache
+from hybrid_flax.run.compiling import exit_with
 from hybrid_flax.run.ending import ending, leave
 from hybrid_flax.run.phases import seconds_of_process
 from hybrid_flax.run.supervision import supervised
@@ -94,7 +95,7 @@ def run(
             return end.code  # type: ignore[return-value]  # of ours
         return 0
 
-    sys.exit(ending(begin))
+    exit_with(ending(begin))
 
 
 def given_fields() -> list[str]:

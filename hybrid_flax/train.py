@@ -142,8 +142,7 @@ def run(
             evaluation_step(program),
         )
         cadence = Cadence.from_config(config, data.steps_per_epoch)
-        phases, stop = watch.phases, watch.stop
-        job = Job(program, *steps, data, record, config, mesh, phases, stop, cadence)
+        job = Job(program, *steps, data, record, config, mesh, watch.phases, watch.stop, cadence)
         try:
             _introduce(job)
             _begin_to_compile(job, threads)

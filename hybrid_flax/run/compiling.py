@@ -1,15 +1,20 @@
 """Programs that are compiled once, beside what else a start does, and what that took."""
 
 import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from tqdm import tqdm
 
 from hybrid_flax.run.compilation_cache import hits
+
+_NAME = "compiling"  # of threads
 
 # Looks for a saved program in place of a lowered one: (the program, where it came from).
 Load = Callable[[jax.stages.Lowered], tuple[jax.stages.Compiled, str] | None]
@@ -93,8 +98,21 @@ class CompiledOnce:
 @contextlib.contextmanager
 def compiling() -> Iterator[ThreadPoolExecutor]:
     """A thread for `begin`. It is not waited for: an error elsewhere is to be said at once."""
-    threads = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+    threads = ThreadPoolExecutor(1, thread_name_prefix=_NAME)
     try:
         yield threads
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def exit_with(status: int | None) -> NoReturn:
+    """Ends the process, also while something compiles: Python would wait for that, minutes."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(_NAME):
+            thread.join(0.2)  # it may be about to end
+            if thread.is_alive():
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.flush()
+                os._exit(status or 0)
+    sys.exit(status)
