@@ -84,6 +84,7 @@ def elements(array: str) -> int:
     return math.prod(map(int, re.findall(r"\d+", array)[1:]))
 
 
+@pytest.mark.slow
 def test_split_weights_are_gathered_for_their_use(found):
     """One by one; the images, their features, the optimizer and the average never."""
     known, lowered = lower(sharded(64, data=1, fsdp=8), HERE)

@@ -43,7 +43,7 @@ PRETRAINED_CLASSES = 16  # in place of 21,841
 KEPT = [15, 3, 0, 8, 1, 12, 9, 4, 7, 2]  # of those, by the class map
 
 
-QUICK = ("gcvit_xxt", "glnet_9g_tklb", "quickstart", "finetune:model=gcvit_xxt,probe")
+QUICK = ("glnet_9g_tklb", "quickstart")
 
 
 class Run(NamedTuple):

@@ -178,6 +178,7 @@ def parts(environment, tmp_path, what, count=2, before=""):
     return Group(environment | {"PYTHONPATH": folder}, tmp_path, count, [str(program), "-"])
 
 
+@pytest.mark.slow
 def test_the_log_names_the_process_that_reads_slowly(environment, tmp_path):
     what = """
 from hybrid_flax.data import feed

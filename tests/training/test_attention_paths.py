@@ -18,7 +18,7 @@ def one_window_at_a_time(monkeypatch):
     monkeypatch.setattr(tpu_tiles, "UNROLLED_TOKENS", 1)
 
 
-NAMES = ["gcvit_xxt", "unified_swin_micro"]
+NAMES = [pytest.param("gcvit_xxt", marks=pytest.mark.slow), "unified_swin_micro"]
 
 
 @pytest.mark.parametrize("name", NAMES)

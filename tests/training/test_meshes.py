@@ -88,7 +88,11 @@ def one_device(accumulation_steps):
         pytest.param({}, (64, 256), marks=pytest.mark.slow),
         pytest.param({"mesh__fsdp": 8}, (64, 32), marks=pytest.mark.slow),
         ({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, (32, 128)),
-        ({"sharding__optimizer_over_data": True, "model__remat": "blocks"}, (64, 256)),
+        pytest.param(
+            {"sharding__optimizer_over_data": True, "model__remat": "blocks"},
+            (64, 256),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"mesh__num_slices": 2, "mesh__fsdp": 4, "accumulation_steps": 2},
             (64, 64),

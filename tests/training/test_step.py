@@ -82,6 +82,7 @@ def one_device():
     return run(tiny_config(), make_mesh(jax.devices()[:1]), 3)
 
 
+@pytest.mark.slow
 def test_eight_devices_get_the_loss_of_one(one_device):
     metrics, state = run(tiny_config(), make_mesh(jax.devices()), 3)
     for got, want in zip(metrics, one_device[0], strict=True):
