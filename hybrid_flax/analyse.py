@@ -133,7 +133,7 @@ def _erf_plot(name: str, found: dict[str, np.ndarray], kept: Kept) -> bytes:
 
 
 _AXES = {
-    "translate": "crop moved by (pixels); beyond {0}, the content by half of the rest",
+    "translate": "crop moved by (pixels);\nbeyond {0}, the content by half of the rest",
     "rotate_before": "turned before the crop (degrees)",
     "rotate_after": "turned after the crop (degrees)",
     "scale": "crop fraction",
