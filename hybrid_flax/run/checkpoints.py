@@ -279,7 +279,7 @@ def _size(count: int) -> str:
 
 
 def main() -> int:
-    """Prints the step of a run's newest checkpoint, if there is one."""
+    """Prints the step of a run's newest checkpoint, if there is one; 2 if that is not known."""
     return ending(_main, limited=False) or 0
 
 
@@ -291,7 +291,10 @@ def _main() -> None:
     for path in (workdir, folder):
         if os.path.exists(path) and not os.path.isdir(path):
             raise InputError(f"{path} is no folder; expected a run's work directory")
-    steps = Checkpoints(folder).steps()
+    try:
+        steps = Checkpoints(folder).steps()
+    except TrainingError as error:
+        raise InputError(str(error)) from error
     print(*steps[-1:], end="\n" if steps else "")
 
 

@@ -180,6 +180,7 @@ def test_grad_cam_is_the_logits_of_places(name):
     np.testing.assert_allclose(by_place, got, atol=1e-5 * np.abs(got).max())
 
 
+@pytest.mark.slow
 def test_grad_cam_of_any_layer_and_of_several_heads():
     model = tiny("ga_convnext_t")
     every, chosen = analysis.grad_cam(model, IMAGES), analysis.grad_cam(model, IMAGES, 2, "stage3")

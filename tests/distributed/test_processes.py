@@ -71,6 +71,7 @@ class Group:
 def training(environment, workdir, count=2, *arguments):
     program = ["-m", "tests.toy", "--config=tests/toy.py", f"--workdir={workdir}"]
     settings = ["--peer_timeout=15", "--config.batch_size=64", "--config.epochs=1"]
+    settings.append("--config.schedule.decay_epochs=1")  # else each process warns of it
     settings += ["--config.checkpoint.every_steps=4", "--config.log_every_steps=1"]
     settings += ["--config.dataset.train_split=train", "--config.dataset.val_split=val"]
     logs = workdir.parent / f"{workdir.name}-logs"
