@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
     """What a model says of an image."""
 
     file: str
-    error: str  # why it could not be read; "": it could
+    error: str  # why it could not be read or predicted; "": it could
     classes: Sequence[int] = ()  # the best first
     probabilities: Sequence[float] = ()
     features: Float[np.ndarray, "C"] | None = None
@@ -88,6 +88,9 @@ def predictions(opened: Opened, found: Sequence[str], batch_size: int = 32) -> I
                 yield Prediction(file, errors[file])
                 continue
             row = next(read)
+            if not np.isfinite(shares[row]).all():
+                yield Prediction(file, f"{file}: its logits are NaN or infinite")
+                continue
             best = np.argsort(-shares[row], kind="stable")[:BEST]
             yield Prediction(file, "", best.tolist(), shares[row][best].tolist(), features[row])
 
@@ -113,7 +116,7 @@ def as_page(opened: Opened, rows: Sequence[Prediction]) -> str:
     sections: dict[str, list[str]] = {}
     for row in rows:
         if row.error:
-            sections[row.file] = [table([[row.error]], ["not read"])]
+            sections[row.file] = [table([[row.error]], ["not predicted"])]
             continue
         thumbnail = Image.fromarray(opened.pixels(read_photo(row.file)))
         thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
@@ -137,7 +140,8 @@ def write_features(file: str, rows: Sequence[Prediction]) -> None:
         import pyarrow
         from pyarrow import parquet
 
-        columns = {"image": [row.file for row in read], "features": list(array)}
+        names = [os.fsencode(row.file).decode(errors="backslashreplace") for row in read]
+        columns = {"image": names, "features": list(array)}
         parquet.write_table(pyarrow.table(columns), stream)
     files.replace(file, stream.getvalue())
 
@@ -191,10 +195,12 @@ def main(
     for row in unread:
         print(f"warning: {row.error}")
     if len(unread) == len(rows):
-        raise InputError(f"none of the {len(rows)} images can be read: there is nothing to predict")
-    files.replace(out, as_csv(opened, rows).encode())
+        raise InputError(
+            f"none of the {len(rows)} images can be predicted. The first: {unread[0].error}"
+        )
+    files.replace_text(out, as_csv(opened, rows))
     if html:
-        files.replace(f"{os.path.splitext(out)[0]}.html", as_page(opened, rows).encode())
+        files.replace_text(f"{os.path.splitext(out)[0]}.html", as_page(opened, rows))
     if features:
         write_features(features, rows)
     print(f"{len(rows) - len(unread)} of {len(rows)} images predicted by {opened.title}: {out}")

@@ -71,7 +71,7 @@ def visualize(opened: Sequence[Opened], wishes: Wishes) -> int:
             photo = read_photo(file)
             pixels = opened[0].pixels(photo)
         except UnreadableImageError as error:
-            sections[file] = [f"<p>{error}</p>"]
+            sections[file] = [table([[str(error)]], ["not read"])]
             print(f"warning: {error}")
             continue
         pieces, subjects = [], []
@@ -89,7 +89,7 @@ def visualize(opened: Sequence[Opened], wishes: Wishes) -> int:
     if not count:
         raise InputError(f"none of the {len(found)} images can be read: there is nothing to draw")
     text = page(f"{opened[0].name}: {', '.join(kinds)}", _introduction(opened), sections)
-    files.replace(os.path.join(wishes.out, "index.html"), text.encode())
+    files.replace_text(os.path.join(wishes.out, "index.html"), text)
     return count
 
 
@@ -120,6 +120,8 @@ def _subject(opened: Opened, pixels: np.ndarray, wishes: Wishes) -> tuple[Subjec
     number, rows = 0, []
     if opened.model.num_classes:
         logits = np.asarray(compiled(_logits, opened.model, [image]), np.float64)[0]
+        if not np.isfinite(logits).all():
+            raise InputError(f"{opened.title}: the logits are NaN or infinite, so no class is best")
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = np.argsort(-shares)[:5]

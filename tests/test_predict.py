@@ -1,12 +1,17 @@
 import csv
+import os
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pyarrow import parquet
 
 from hybrid_flax import predict
 from hybrid_flax.errors import InputError
+from hybrid_flax.opened import open_model
+from hybrid_flax.weights import bridge
 from tests import trained
 
 OPTIONS = dict.fromkeys(("model", "checkpoint", "class_names", "features"), "")
@@ -68,8 +73,26 @@ def test_what_cannot_be_written_is_said(workdir, tmp_path, changed, message):
         predict.main(None, workdir, options, given=())
 
 
+def test_names_that_are_no_text_and_logits_that_are_no_numbers(workdir, tmp_path):
+    photo = trained.photos(tmp_path / "digits", 1) + "/digit0.png"
+    odd = os.path.join(tmp_path, os.fsdecode(b"caf\xe9<b>.png"))
+    os.rename(photo, odd)
+    options = OPTIONS | {"images": odd, "out": f"{tmp_path}/out.csv"}
+    options["features"] = f"{tmp_path}/features.parquet"
+    assert predict.main(None, workdir, options, html=True, given=()) == 0
+    assert "caf\\udce9<b>.png" in (tmp_path / "out.csv").read_text()
+    assert "caf\\udce9&lt;b&gt;.png" in (tmp_path / "out.html").read_text()
+    opened = open_model(None, workdir, "", "", given=())
+    weights = bridge.get_weights(opened.model)
+    bridge.set_weights(opened.model, jax.tree.map(lambda x: x + jnp.nan, weights))
+    (row,) = predict.predictions(opened, [odd])
+    assert "its logits are NaN or infinite" in row.error
+
+
 def test_images_none_of_which_can_be_read_are_an_error(workdir, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     options = OPTIONS | {"images": f"{tmp_path}/a.png", "out": f"{tmp_path}/out.csv"}
-    with pytest.raises(InputError, match="none of the 1 images can be read"):
+    with pytest.raises(
+        InputError, match="none of the 1 images can be predicted. The first: cannot read image"
+    ):
         predict.main(None, workdir, options, given=())

@@ -260,7 +260,7 @@ def sweep(
                 write_predictions(request.predictions, every, name if len(models) > 1 else "")
         rows.sort(key=lambda row: (-row.metrics.get("top1", -1), -row.metrics.get("top5", -1)))
         if out:
-            files.replace(out, as_table(rows).encode())
+            files.replace_text(out, as_table(rows))
     if not any(row.metrics for row in rows):
         raise InputError(f"none of {len(models)} models could be evaluated: see above")
     return rows
@@ -320,6 +320,6 @@ def describe(name: str, set_name: str, metrics: dict[str, float]) -> str:
 def write_predictions(file: str, every: Sequence[Answers], name: str = "") -> None:
     """Writes the answers on every image; with a name it becomes part of the file's."""
     stem, ending = os.path.splitext(os.path.expanduser(file))
-    files.replace(
-        f"{stem}_{name}{ending}" if name else f"{stem}{ending}", as_csv(_joined(every)).encode()
+    files.replace_text(
+        f"{stem}_{name}{ending}" if name else f"{stem}{ending}", as_csv(_joined(every))
     )

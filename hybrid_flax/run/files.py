@@ -73,6 +73,11 @@ def replace(file: str | os.PathLike, data: bytes) -> None:
         raise
 
 
+def replace_text(file: str | os.PathLike, text: str) -> None:
+    """The same with text, as UTF-8; what is none, as names of files may be, is written \\udcff."""
+    replace(file, text.encode(errors="backslashreplace"))
+
+
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]

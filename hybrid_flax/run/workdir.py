@@ -229,7 +229,7 @@ class Workdir:
 
         Raises OSError, also for what is no file of its own: nothing goes through links.
         """
-        files.replace(os.path.join(self.path, name), text.encode(errors="backslashreplace"))
+        files.replace_text(os.path.join(self.path, name), text)
 
     def write_json(self, name: str, content: Any) -> None:
         """The same, with anything JSON can hold."""
